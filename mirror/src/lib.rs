@@ -29,6 +29,9 @@ pub mod source;
 pub mod target;
 pub mod wire;
 
+#[cfg(test)]
+mod pair_tests;
+
 /// Virtual or real time in microseconds since some start; only differences count.
 pub type Micros = u64;
 

@@ -1,1 +1,620 @@
-//! x
+//! The side a VM leaves, up to the commit.
+//!
+//! ```text
+//! Setup -> Mirror -> PreCopy -> Switchover: Pausing -> Draining -> Saving -> FinalPages -> Proving -> Preparing -> Committing
+//!   any of them -> Aborting -> Aborted                                                          Committing -> committed::Committed
+//! ```
+//! A datastore-only move has no memory: Mirror -> Switchover, and its target is a second image on this host.
+//! Lives here: phases, rounds, what must be true before the next step. Never enters: bytes, threads, sockets, time of day.
+
+use crate::{
+    Micros, PAGE_BYTES,
+    block::State as DiskState,
+    committed::{Committed, CommittedAction},
+    journal::{DiskAt, MoveId, Record},
+    pages::{PageRange, PageSet},
+    precopy::{Decision, Precopy},
+    wire::control::{DiskSetup, Proof, SourceMsg, TargetMsg},
+};
+
+/// Pages handed to the page streams at once (8 MiB).
+pub const BATCH_PAGES: u64 = 2048;
+/// Batches under way at once, so that the stream never waits for a decision.
+const BATCHES: u32 = 2;
+/// What a pause is taken to cost without any page, before one was measured.
+const FIXED_COST: Micros = 10_000;
+/// Times that damaged pages are sent again in the pause.
+const MAX_REPAIRS: u32 = 3;
+
+/// What is moved, decided before the engine starts.
+#[derive(Debug, Clone)]
+pub struct SourcePlan {
+    /// The move.
+    pub move_id: MoveId,
+    /// Target host; none = only the disks change their datastore.
+    pub to_host: Option<String>,
+    /// Generation after the commit.
+    pub generation: u64,
+    /// Pages of RAM that move; none = memory stays.
+    pub ram_pages: Option<u64>,
+    /// Disks that are copied.
+    pub disks: Vec<DiskSetup>,
+    /// Images of all disks after a datastore-only move.
+    pub disks_after: Vec<DiskAt>,
+    /// Largest pause aimed at.
+    pub max_downtime: Micros,
+    /// Compare the whole contents in the pause.
+    pub audit: bool,
+}
+
+/// Where the engine stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Phase {
+    /// Connecting; the target makes room.
+    Setup,
+    /// Disks are copied and mirrored.
+    Mirror,
+    /// Memory rounds, the guest running.
+    PreCopy,
+    /// Stopping the vCPUs.
+    Pausing,
+    /// Queues and mirrors run empty.
+    Draining,
+    /// The state is saved.
+    Saving,
+    /// The last pages are sent.
+    FinalPages,
+    /// Digests are made.
+    Proving,
+    /// The target checks and prepares.
+    Preparing,
+    /// The commit record is being written: no way back but its failure.
+    Committing,
+    /// Giving up: the abort record is being written.
+    Aborting,
+    /// Over; the VM runs here.
+    Aborted,
+}
+
+impl Phase {
+    /// The phase as reports name it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Setup => "setup",
+            Self::Mirror => "mirror",
+            Self::PreCopy => "pre-copy",
+            Self::Aborting | Self::Aborted => "aborted",
+            _ => "switchover",
+        }
+    }
+}
+
+/// What happened.
+#[derive(Debug, Clone)]
+pub enum Event {
+    /// The record asked for is on disk. For `Committed` (and `Owner`) call [`Source::committed`] instead.
+    Journaled,
+    /// It could not be written, and is certainly not there.
+    JournalFailed(String),
+    /// All connections are up.
+    Connected,
+    /// The target spoke, on the control connection or (acknowledging rounds) on a page stream.
+    Target(TargetMsg),
+    /// The mirror of copied disk `index` reached a state.
+    Disk {
+        /// Index in the plan.
+        index: usize,
+        /// Its state.
+        state: DiskState,
+    },
+    /// Dirty pages are logged from now on; these pages were ever touched by the guest.
+    LoggingStarted {
+        /// Pages that may hold anything.
+        resident: PageSet,
+    },
+    /// A batch has been sent.
+    BatchSent {
+        /// Bytes on the wire for it.
+        bytes: u64,
+        /// Pages of it that were zero.
+        zero_pages: u64,
+    },
+    /// Pages that turned dirty since the last collection.
+    Dirty(PageSet),
+    /// The vCPUs stand still.
+    Paused,
+    /// The devices' and vCPUs' state, encoded.
+    StateSaved(Vec<u8>),
+    /// This side's proof.
+    Proved(Proof),
+    /// A connection is gone.
+    LinkLost(String),
+    /// Something failed here.
+    Failed(String),
+    /// The user gives up the move.
+    Cancel,
+}
+
+/// What is to be done, in order.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Action {
+    /// Append and sync; answer [`Event::Journaled`] (or [`Source::committed`]).
+    Journal(Record),
+    /// Connect to the target in all roles.
+    Connect,
+    /// Send on the control connection.
+    Tell(SourceMsg),
+    /// Put the mirrors between the guest and its disks and start copying.
+    StartMirrors,
+    /// Start logging dirty pages, then find out which pages were ever touched (in this order).
+    StartLogging,
+    /// Send these pages as they are now.
+    SendPages(Vec<PageRange>),
+    /// Send the round's end on all page streams.
+    EndRound(u32),
+    /// Collect what turned dirty.
+    CollectDirty,
+    /// Stop the vCPUs.
+    Pause,
+    /// Run queues and mirrors empty.
+    DrainDisks,
+    /// Save devices, then vCPUs.
+    SaveState,
+    /// Make this side's proof.
+    Prove,
+    /// Take the mirrors out of the guest's way.
+    DropMirrors,
+    /// Stop logging dirty pages.
+    StopLogging,
+    /// Let the guest go on here.
+    Resume,
+    /// The move has ended without a commit; the VM is here.
+    Finish {
+        /// Why.
+        reason: String,
+        /// By the user's wish.
+        cancelled: bool,
+    },
+}
+
+/// Moments of the pause, for the report.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Marks {
+    /// The pause began.
+    pub pause: Micros,
+    /// Queues and mirrors were empty.
+    pub drained: Micros,
+    /// State saved.
+    pub saved: Micros,
+    /// The last page was acknowledged.
+    pub pages: Micros,
+    /// The target was prepared.
+    pub prepared: Micros,
+    /// The commit record was on disk.
+    pub committed: Micros,
+}
+
+/// Counters for progress and the report.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct RamStats {
+    /// Bytes on the wire for RAM.
+    pub sent_bytes: u64,
+    /// Pages sent as flags.
+    pub zero_pages: u64,
+    /// Pages of RAM the guest never touched.
+    pub skipped_pages: u64,
+    /// Pages of this round.
+    pub round_pages: u64,
+    /// Pages of this round sent.
+    pub round_done: u64,
+    /// Bytes and time of the first round: the stream's speed.
+    pub first_round: (u64, Micros),
+}
+
+/// The engine of a move at its source.
+#[derive(Debug)]
+pub struct Source {
+    plan: SourcePlan,
+    phase: Phase,
+    precopy: Precopy,
+    to_send: PageSet,
+    damaged: PageSet,
+    cursor: u64,
+    batches: u32,
+    batch_pages: std::collections::VecDeque<u64>,
+    round_began: Micros,
+    round_bytes: u64,
+    repairs: u32,
+    disks: Vec<DiskState>,
+    state: Vec<u8>,
+    proof: Option<Proof>,
+    allocated: Vec<u64>,
+    load_us: u64,
+    /// The `Moving` record is on disk.
+    begun: bool,
+    connected: bool,
+    mirroring: bool,
+    logging: bool,
+    /// A pause was ordered, and perhaps not yet reported.
+    paused: bool,
+    end: Option<(String, bool)>,
+    marks: Marks,
+    stats: RamStats,
+}
+
+impl Source {
+    /// An engine for `plan`, and the first things to do.
+    pub fn start(plan: SourcePlan) -> (Self, Vec<Action>) {
+        let pages = plan.ram_pages.unwrap_or(0);
+        let moving = Record::Moving {
+            move_id: plan.move_id.clone(),
+            to_host: plan.to_host.clone(),
+            generation: plan.generation,
+        };
+        let source = Self {
+            phase: Phase::Setup,
+            precopy: Precopy::new(plan.max_downtime, FIXED_COST),
+            to_send: PageSet::empty(pages),
+            damaged: PageSet::empty(pages),
+            cursor: 0,
+            batches: 0,
+            batch_pages: Default::default(),
+            round_began: 0,
+            round_bytes: 0,
+            repairs: 0,
+            disks: vec![DiskState::Bulk; plan.disks.len()],
+            state: Vec::new(),
+            proof: None,
+            allocated: Vec::new(),
+            load_us: 0,
+            begun: false,
+            connected: false,
+            mirroring: false,
+            logging: false,
+            paused: false,
+            end: None,
+            marks: Marks::default(),
+            stats: RamStats::default(),
+            plan,
+        };
+        (source, vec![Action::Journal(moving)])
+    }
+
+    /// Where it stands.
+    pub fn phase(&self) -> Phase {
+        self.phase
+    }
+
+    /// The plan it follows.
+    pub fn plan(&self) -> &SourcePlan {
+        &self.plan
+    }
+
+    /// Counters so far.
+    pub fn stats(&self) -> RamStats {
+        self.stats
+    }
+
+    /// The course of the rounds.
+    pub fn precopy(&self) -> &Precopy {
+        &self.precopy
+    }
+
+    /// Takes an event; gives what is to be done.
+    pub fn step(&mut self, now: Micros, event: Event) -> Vec<Action> {
+        let mut out = Vec::new();
+        if self.phase == Phase::Aborted {
+            return out;
+        }
+        match (self.phase, event) {
+            (Phase::Aborting, Event::Journaled | Event::JournalFailed(_)) => self.aborted(&mut out),
+            (Phase::Aborting, _) => {}
+            // The record may be on its way to the disk: only its own outcome counts now.
+            (Phase::Committing, Event::JournalFailed(why)) => {
+                self.abort(format!("the commit record could not be written: {why}"), false, &mut out);
+            }
+            (Phase::Committing, _) => {}
+            (_, Event::LinkLost(why)) => {
+                self.connected = false;
+                self.abort(format!("the connection to the target was lost: {why}"), false, &mut out);
+            }
+            (_, Event::Failed(why)) => self.abort(why, false, &mut out),
+            (_, Event::JournalFailed(why)) => {
+                self.abort(format!("the journal cannot be written: {why}"), false, &mut out);
+            }
+            (_, Event::Cancel) => self.abort("cancelled".into(), true, &mut out),
+            (_, Event::Target(TargetMsg::Refused { reason })) => {
+                self.abort(format!("the target refused: {reason}"), false, &mut out);
+            }
+            (_, Event::Disk { index, state }) => self.disk(index, state, now, &mut out),
+            (Phase::Setup, Event::Journaled) => {
+                self.begun = true;
+                out.push(Action::Connect);
+            }
+            (Phase::Setup, Event::Connected) => {
+                self.connected = true;
+                out.push(Action::Tell(SourceMsg::Setup {
+                    ram_pages: self.plan.ram_pages.unwrap_or(0),
+                    disks: self.plan.disks.clone(),
+                    audit: self.plan.audit,
+                }));
+            }
+            (Phase::Setup, Event::Target(TargetMsg::Ready)) => {
+                self.phase = Phase::Mirror;
+                if self.plan.disks.is_empty() {
+                    self.synced(now, &mut out);
+                } else {
+                    self.mirroring = true;
+                    out.push(Action::StartMirrors);
+                }
+            }
+            (Phase::PreCopy, Event::LoggingStarted { resident }) => {
+                self.stats.skipped_pages = resident.pages() - resident.len();
+                self.to_send = resident;
+                self.begin_round(now, &mut out);
+            }
+            (Phase::PreCopy | Phase::FinalPages, Event::BatchSent { bytes, zero_pages }) => {
+                self.batches = self.batches.saturating_sub(1);
+                self.stats.round_done += self.batch_pages.pop_front().unwrap_or(0);
+                self.stats.sent_bytes += bytes;
+                self.stats.zero_pages += zero_pages;
+                self.round_bytes += bytes;
+                self.send(&mut out);
+            }
+            (
+                Phase::PreCopy | Phase::FinalPages,
+                Event::Target(TargetMsg::RoundAck { round, damaged }),
+            ) => self.round_acked(now, round, &damaged, &mut out),
+            (Phase::PreCopy, Event::Dirty(dirty)) => self.dirty(now, dirty, &mut out),
+            (Phase::Pausing, Event::Paused) => {
+                self.phase = Phase::Draining;
+                out.push(Action::DrainDisks);
+                if self.disks.is_empty() {
+                    self.drained(now, &mut out);
+                }
+            }
+            (Phase::Saving, Event::StateSaved(state)) => {
+                self.marks.saved = now;
+                self.state = state;
+                self.phase = Phase::FinalPages;
+                out.push(Action::CollectDirty);
+            }
+            (Phase::FinalPages, Event::Dirty(dirty)) => {
+                self.to_send.merge(&dirty);
+                self.begin_round(now, &mut out);
+            }
+            (Phase::Proving, Event::Proved(proof)) => {
+                self.phase = Phase::Preparing;
+                self.proof = Some(proof);
+                out.push(Action::Tell(SourceMsg::Prepare(proof)));
+            }
+            (Phase::Preparing, Event::Target(TargetMsg::Prepared { proof, allocated, load_us })) => {
+                self.prepared(now, proof, allocated, load_us, &mut out);
+            }
+            (_, Event::Target(message)) => {
+                self.abort(format!("the target sent {} out of turn", name_of(&message)), false, &mut out);
+            }
+            // Late answers of work that a later phase no longer needs.
+            (
+                _,
+                Event::Journaled
+                | Event::Connected
+                | Event::LoggingStarted { .. }
+                | Event::BatchSent { .. }
+                | Event::Dirty(_)
+                | Event::Paused
+                | Event::StateSaved(_)
+                | Event::Proved(_),
+            ) => {}
+        }
+        out
+    }
+
+    /// The commit record is on disk. From here on there is no action that resumes the source.
+    pub fn committed(mut self, now: Micros) -> (Committed, Vec<CommittedAction>) {
+        assert_eq!(self.phase, Phase::Committing, "only a committing source can have committed");
+        self.marks.committed = now;
+        Committed::begin(self.plan, self.marks, self.stats, self.precopy.round(), self.allocated, self.load_us)
+    }
+
+    fn disk(&mut self, index: usize, state: DiskState, now: Micros, out: &mut Vec<Action>) {
+        let Some(slot) = self.disks.get_mut(index) else { return };
+        *slot = state;
+        let all = |s: DiskState, disks: &[DiskState]| disks.iter().all(|d| *d == s);
+        if state == DiskState::Failed {
+            let name = self.plan.disks[index].name.clone();
+            self.abort(format!("disk {name} cannot be copied to the target"), false, out);
+        } else if self.phase == Phase::Mirror && all(DiskState::Synced, &self.disks) {
+            self.synced(now, out);
+        } else if self.phase == Phase::Draining && all(DiskState::Drained, &self.disks) {
+            self.drained(now, out);
+        }
+    }
+
+    /// All disks are in sync: memory next, or, without any to move, the switchover.
+    fn synced(&mut self, now: Micros, out: &mut Vec<Action>) {
+        if self.plan.ram_pages.is_some() {
+            self.phase = Phase::PreCopy;
+            self.logging = true;
+            out.push(Action::StartLogging);
+        } else {
+            self.pause(now, out);
+        }
+    }
+
+    fn pause(&mut self, now: Micros, out: &mut Vec<Action>) {
+        self.phase = Phase::Pausing;
+        self.paused = true;
+        self.marks.pause = now;
+        out.push(Action::Pause);
+    }
+
+    fn begin_round(&mut self, now: Micros, out: &mut Vec<Action>) {
+        self.precopy.begin_round();
+        self.round_began = now;
+        self.round_bytes = 0;
+        self.stats.round_pages = self.to_send.len();
+        self.stats.round_done = 0;
+        if self.to_send.is_empty() {
+            out.push(Action::EndRound(self.precopy.round()));
+        } else {
+            self.send(out);
+        }
+    }
+
+    fn send(&mut self, out: &mut Vec<Action>) {
+        while self.batches < BATCHES && !self.to_send.is_empty() {
+            let (ranges, next) = self.to_send.take(self.cursor, BATCH_PAGES);
+            self.cursor = next;
+            self.batches += 1;
+            self.batch_pages.push_back(ranges.iter().map(|r| r.count).sum());
+            out.push(Action::SendPages(ranges));
+        }
+        if self.batches == 0 && self.to_send.is_empty() {
+            out.push(Action::EndRound(self.precopy.round()));
+        }
+    }
+
+    fn round_acked(&mut self, now: Micros, round: u32, damaged: &[PageRange], out: &mut Vec<Action>) {
+        if round != self.precopy.round() || self.batches > 0 || !self.to_send.is_empty() {
+            return self.abort(format!("the target acknowledged round {round} out of turn"), false, out);
+        }
+        if round == 1 {
+            self.stats.first_round = (self.round_bytes, now.saturating_sub(self.round_began));
+        }
+        for range in damaged {
+            self.damaged.insert(*range);
+        }
+        if self.phase == Phase::PreCopy {
+            out.push(Action::CollectDirty);
+        } else if self.damaged.is_empty() {
+            self.marks.pages = now;
+            self.phase = Phase::Proving;
+            out.push(Action::Tell(SourceMsg::State(std::mem::take(&mut self.state))));
+            out.push(Action::Prove);
+        } else if self.repairs < MAX_REPAIRS {
+            // The guest stands still, so this is damage on the way, not a page that changed.
+            self.repairs += 1;
+            self.to_send = std::mem::replace(&mut self.damaged, PageSet::empty(self.to_send.pages()));
+            self.begin_round(now, out);
+        } else {
+            let first = damaged.first().map_or(0, |r| r.first);
+            self.abort(format!("page {first} of RAM arrives damaged again and again"), false, out);
+        }
+    }
+
+    fn dirty(&mut self, now: Micros, mut dirty: PageSet, out: &mut Vec<Action>) {
+        dirty.merge(&self.damaged);
+        self.damaged = PageSet::empty(dirty.pages());
+        let elapsed = now.saturating_sub(self.round_began);
+        let decision = self.precopy.after_round(self.round_bytes, elapsed, dirty.len());
+        self.to_send = dirty;
+        let in_sync = self.disks.iter().all(|d| *d == DiskState::Synced);
+        match decision {
+            Decision::Switch if in_sync => self.pause(now, out),
+            Decision::Again | Decision::Switch => self.begin_round(now, out),
+            Decision::Stalled { dirty_rate, link_rate, needed_ms } => self.abort(
+                format!(
+                    "memory does not converge: it turns dirty at {} MiB/s, the link takes {} MiB/s, and a switch would need \
+                     {needed_ms} ms of downtime; raise --max-downtime or --bandwidth, or quieten the guest",
+                    dirty_rate >> 20,
+                    link_rate >> 20,
+                ),
+                false,
+                out,
+            ),
+        }
+    }
+
+    fn drained(&mut self, now: Micros, out: &mut Vec<Action>) {
+        self.marks.drained = now;
+        if self.plan.ram_pages.is_some() {
+            self.phase = Phase::Saving;
+            out.push(Action::SaveState);
+        } else {
+            self.marks.saved = now;
+            self.marks.pages = now;
+            self.phase = Phase::Proving;
+            out.push(Action::Prove);
+        }
+    }
+
+    fn prepared(
+        &mut self,
+        now: Micros,
+        proof: Proof,
+        allocated: Vec<u64>,
+        load_us: u64,
+        out: &mut Vec<Action>,
+    ) {
+        if Some(proof) != self.proof {
+            return self.abort(
+                "the target's digest or counters differ from the source's".to_string(),
+                false,
+                out,
+            );
+        }
+        self.marks.prepared = now;
+        self.allocated = allocated;
+        self.load_us = load_us;
+        self.phase = Phase::Committing;
+        out.push(Action::Journal(if self.plan.to_host.is_some() {
+            Record::Committed { move_id: self.plan.move_id.clone() }
+        } else {
+            Record::Owner { generation: self.plan.generation, disks: self.plan.disks_after.clone() }
+        }));
+    }
+
+    fn abort(&mut self, reason: String, cancelled: bool, out: &mut Vec<Action>) {
+        if self.connected {
+            out.push(Action::Tell(SourceMsg::Abort { reason: reason.clone() }));
+        }
+        self.end = Some((reason, cancelled));
+        self.phase = Phase::Aborting;
+        if self.begun {
+            out.push(Action::Journal(Record::Aborted { move_id: self.plan.move_id.clone() }));
+        } else {
+            self.aborted(out);
+        }
+    }
+
+    fn aborted(&mut self, out: &mut Vec<Action>) {
+        self.phase = Phase::Aborted;
+        if self.mirroring {
+            out.push(Action::DropMirrors);
+        }
+        if self.logging {
+            out.push(Action::StopLogging);
+        }
+        if self.paused {
+            out.push(Action::Resume);
+        }
+        let (reason, cancelled) = self.end.take().unwrap_or_default();
+        out.push(Action::Finish { reason, cancelled });
+    }
+
+    /// Bytes of RAM of the current round that are still to be sent.
+    pub fn ram_left(&self) -> u64 {
+        (self.stats.round_pages - self.stats.round_done.min(self.stats.round_pages)) * PAGE_BYTES
+    }
+
+    /// Marks of the pause so far.
+    pub fn marks(&self) -> Marks {
+        self.marks
+    }
+
+    /// The proof this side made, once it did.
+    pub fn proof(&self) -> Option<Proof> {
+        self.proof
+    }
+}
+
+fn name_of(message: &TargetMsg) -> &'static str {
+    match message {
+        TargetMsg::Ready => "Ready",
+        TargetMsg::RoundAck { .. } => "RoundAck",
+        TargetMsg::Prepared { .. } => "Prepared",
+        TargetMsg::Refused { .. } => "Refused",
+        TargetMsg::Running { .. } => "Running",
+    }
+}

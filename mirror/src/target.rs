@@ -1,1 +1,340 @@
-//! x
+//! The side a VM reaches.
+//!
+//! ```text
+//! Arriving -> Receiving -> Loading -> Proving -> Preparing -> Prepared -> Owning -> Running
+//!   before Prepared: a lost link, an abort or a failure -> Discarding -> Discarded
+//!   Prepared and the link lost -> Undecided, until the source's word is known
+//! ```
+//! Lives here: what must be true before this side may say "prepared", own and run. Never enters: images, memory, KVM, asking agents.
+
+use crate::{
+    journal::{DiskAt, MoveId, Record, Verdict},
+    wire::control::{DiskSetup, Proof, SourceMsg, TargetMsg},
+};
+
+/// What was agreed between the agents before the source connects.
+#[derive(Debug, Clone)]
+pub struct TargetPlan {
+    /// The move.
+    pub move_id: MoveId,
+    /// Where the VM comes from.
+    pub from_host: String,
+    /// Generation after the commit.
+    pub generation: u64,
+    /// Pages of RAM.
+    pub ram_pages: u64,
+    /// Disks that are copied.
+    pub disks: Vec<DiskSetup>,
+    /// Images made for them.
+    pub images: Vec<DiskAt>,
+}
+
+/// Where the engine stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Phase {
+    /// Images are being made; the source has not said what will come.
+    Arriving,
+    /// Pages and blocks arrive.
+    Receiving,
+    /// The state is being loaded.
+    Loading,
+    /// Disks are flushed, locked and stamped, digests made.
+    Proving,
+    /// The `Prepared` record is being written.
+    Preparing,
+    /// The source decides.
+    Prepared,
+    /// The source decides, and cannot be heard.
+    Undecided,
+    /// The `Owner` record is being written.
+    Owning,
+    /// The VM is this host's and runs.
+    Running,
+    /// The `Aborted` record is being written.
+    Discarding,
+    /// Nothing of the VM is here.
+    Discarded,
+}
+
+/// What happened.
+#[derive(Debug, Clone)]
+pub enum Event {
+    /// The record asked for is on disk.
+    Journaled,
+    /// It could not be written.
+    JournalFailed(String),
+    /// Images and memory are there.
+    ImagesReady,
+    /// The source spoke.
+    Source(SourceMsg),
+    /// The state has been loaded and its checks passed.
+    Loaded,
+    /// Disks are flushed and locked, and this is what is here.
+    Proved {
+        /// This side's proof.
+        proof: Proof,
+        /// Allocated bytes of each image.
+        allocated: Vec<u64>,
+        /// Microseconds spent on loading and proving.
+        load_us: u64,
+    },
+    /// The guest runs.
+    Resumed {
+        /// Microseconds since the commit was known.
+        resume_us: u64,
+    },
+    /// A connection is gone.
+    LinkLost(String),
+    /// Something failed here.
+    Failed(String),
+    /// The source's word, fetched by other means while undecided.
+    Resolved(Verdict),
+}
+
+/// What is to be done, in order.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Action {
+    /// Append and sync; answer [`Event::Journaled`].
+    Journal(Record),
+    /// Make images with the source's structure, stamped as incoming; answer [`Event::ImagesReady`].
+    MakeImages,
+    /// Send on the control connection.
+    Tell(TargetMsg),
+    /// Load the state (untrusted); answer [`Event::Loaded`].
+    LoadState(Vec<u8>),
+    /// Flush the disks, stamp them with the next generation, make this side's proof.
+    Prove {
+        /// Read everything again.
+        audit: bool,
+    },
+    /// Find out, by other means, how the move went; answer [`Event::Resolved`].
+    AskVerdict,
+    /// The VM is ours: stamp the images as owned, run it and announce it.
+    Run,
+    /// Remove images and memory.
+    Discard,
+    /// Over.
+    Finish {
+        /// Why it did not come, or none if it runs here.
+        refused: Option<String>,
+    },
+}
+
+/// The engine of a move at its target.
+#[derive(Debug)]
+pub struct Target {
+    plan: TargetPlan,
+    phase: Phase,
+    /// The `Incoming` record is on disk.
+    begun: bool,
+    images_ready: bool,
+    setup: bool,
+    audit: bool,
+    expected: Option<Proof>,
+    loaded: bool,
+    answer: Option<TargetMsg>,
+    connected: bool,
+    refused: Option<String>,
+}
+
+impl Target {
+    /// An engine for `plan`, and the first things to do.
+    pub fn start(plan: TargetPlan) -> (Self, Vec<Action>) {
+        let incoming = Record::Incoming {
+            move_id: plan.move_id.clone(),
+            from_host: plan.from_host.clone(),
+            generation: plan.generation,
+            disks: plan.images.clone(),
+        };
+        let this = Self {
+            plan,
+            phase: Phase::Arriving,
+            begun: false,
+            images_ready: false,
+            setup: false,
+            audit: false,
+            expected: None,
+            loaded: false,
+            answer: None,
+            connected: true,
+            refused: None,
+        };
+        (this, vec![Action::Journal(incoming)])
+    }
+
+    /// Where it stands.
+    pub fn phase(&self) -> Phase {
+        self.phase
+    }
+
+    /// Takes an event; gives what is to be done.
+    pub fn step(&mut self, event: Event) -> Vec<Action> {
+        let mut out = Vec::new();
+        match (self.phase, event) {
+            (Phase::Discarded, _) => {}
+            (Phase::Discarding, Event::Journaled | Event::JournalFailed(_)) => {
+                self.discarded(&mut out);
+            }
+            (Phase::Discarding, _) => {}
+
+            // From here on the VM is this host's: nothing but its own end can stop it.
+            (Phase::Owning, Event::Journaled) => {
+                self.phase = Phase::Running;
+                out.push(Action::Run);
+            }
+            // Not owned on disk: it may not run. The agent reads `Prepared` and settles it later.
+            (Phase::Owning, Event::JournalFailed(why)) => {
+                self.phase = Phase::Undecided;
+                out.push(Action::Finish { refused: Some(format!("ownership cannot be journalled: {why}")) });
+            }
+            (Phase::Running, Event::Resumed { resume_us }) => {
+                if self.connected {
+                    out.push(Action::Tell(TargetMsg::Running { resume_us }));
+                }
+                out.push(Action::Finish { refused: None });
+            }
+            (Phase::Owning | Phase::Running, _) => {}
+
+            (Phase::Prepared, Event::Source(SourceMsg::Commit))
+            | (Phase::Prepared | Phase::Undecided, Event::Resolved(Verdict::Committed)) => self.own(&mut out),
+            (Phase::Prepared, Event::Source(SourceMsg::Abort { reason })) => {
+                self.discard(format!("the source gave up: {reason}"), &mut out);
+            }
+            (Phase::Undecided, Event::Resolved(Verdict::Aborted)) => {
+                self.discard("the source has aborted".into(), &mut out);
+            }
+            // A failed send proves nothing: only the source's word ends this.
+            (Phase::Prepared, Event::LinkLost(_) | Event::Failed(_)) => {
+                self.connected = false;
+                self.phase = Phase::Undecided;
+                out.push(Action::AskVerdict);
+            }
+            (Phase::Prepared | Phase::Undecided, Event::Resolved(Verdict::Moving)) => {
+                out.push(Action::AskVerdict);
+            }
+            (Phase::Prepared | Phase::Undecided, _) => {}
+
+            (_, Event::LinkLost(why)) => {
+                self.connected = false;
+                self.discard(format!("the connection to the source was lost: {why}"), &mut out);
+            }
+            (_, Event::Failed(why)) => self.refuse(why, &mut out),
+            (_, Event::JournalFailed(why)) => {
+                self.refuse(format!("the target's journal cannot be written: {why}"), &mut out);
+            }
+            (_, Event::Source(SourceMsg::Abort { reason })) => {
+                self.discard(format!("the source gave up: {reason}"), &mut out);
+            }
+            (Phase::Arriving, Event::Journaled) => {
+                self.begun = true;
+                out.push(Action::MakeImages);
+            }
+            (Phase::Arriving, Event::ImagesReady) => {
+                self.images_ready = true;
+                self.begin(&mut out);
+            }
+            (Phase::Arriving, Event::Source(SourceMsg::Setup { ram_pages, disks, audit })) => {
+                if ram_pages != self.plan.ram_pages || disks != self.plan.disks {
+                    return self.refused("RAM size or disks differ from what was agreed", out);
+                }
+                self.audit = audit;
+                self.setup = true;
+                self.begin(&mut out);
+            }
+            (Phase::Receiving, Event::Source(SourceMsg::State(bytes))) => {
+                self.phase = Phase::Loading;
+                out.push(Action::LoadState(bytes));
+            }
+            (Phase::Loading, Event::Loaded) => {
+                self.loaded = true;
+                self.prove(&mut out);
+            }
+            (Phase::Loading, Event::Source(SourceMsg::Prepare(proof))) if self.expected.is_none() => {
+                self.expected = Some(proof);
+                self.prove(&mut out);
+            }
+            (Phase::Proving, Event::Proved { proof, allocated, load_us }) => {
+                let expected = self.expected.unwrap_or_default();
+                if proof.counters != expected.counters {
+                    let text = format!(
+                        "counters differ: sent {:?}, arrived {:?}",
+                        expected.counters, proof.counters
+                    );
+                    return self.refused(&text, out);
+                }
+                if proof != expected {
+                    let what = if proof.digest == expected.digest { "audit digest" } else { "digest" };
+                    return self.refused(&format!("{what} of RAM and disks differs from the source's"), out);
+                }
+                self.answer = Some(TargetMsg::Prepared { proof, allocated, load_us });
+                self.phase = Phase::Preparing;
+                out.push(Action::Journal(Record::Prepared { move_id: self.plan.move_id.clone() }));
+            }
+            (Phase::Preparing, Event::Journaled) => {
+                self.phase = Phase::Prepared;
+                out.extend(self.answer.take().map(Action::Tell));
+            }
+            (_, Event::Source(_)) => return self.refused("a message came out of turn", out),
+            (
+                _,
+                Event::Journaled
+                | Event::ImagesReady
+                | Event::Loaded
+                | Event::Proved { .. }
+                | Event::Resumed { .. }
+                | Event::Resolved(_),
+            ) => {}
+        }
+        out
+    }
+
+    fn begin(&mut self, out: &mut Vec<Action>) {
+        if self.images_ready && self.setup {
+            self.phase = Phase::Receiving;
+            out.push(Action::Tell(TargetMsg::Ready));
+        }
+    }
+
+    fn prove(&mut self, out: &mut Vec<Action>) {
+        if self.loaded && self.expected.is_some() {
+            self.phase = Phase::Proving;
+            out.push(Action::Prove { audit: self.audit });
+        }
+    }
+
+    fn own(&mut self, out: &mut Vec<Action>) {
+        self.phase = Phase::Owning;
+        out.push(Action::Journal(Record::Owner {
+            generation: self.plan.generation,
+            disks: self.plan.images.clone(),
+        }));
+    }
+
+    fn refused(&mut self, why: &str, mut out: Vec<Action>) -> Vec<Action> {
+        self.refuse(why.to_string(), &mut out);
+        out
+    }
+
+    fn refuse(&mut self, reason: String, out: &mut Vec<Action>) {
+        if self.connected {
+            out.push(Action::Tell(TargetMsg::Refused { reason: reason.clone() }));
+        }
+        self.discard(reason, out);
+    }
+
+    fn discard(&mut self, reason: String, out: &mut Vec<Action>) {
+        self.refused = Some(reason);
+        self.phase = Phase::Discarding;
+        if self.begun {
+            out.push(Action::Journal(Record::Aborted { move_id: self.plan.move_id.clone() }));
+        } else {
+            self.discarded(out);
+        }
+    }
+
+    fn discarded(&mut self, out: &mut Vec<Action>) {
+        self.phase = Phase::Discarded;
+        out.push(Action::Discard);
+        out.push(Action::Finish { refused: self.refused.take() });
+    }
+}
