@@ -1,0 +1,138 @@
+//! A queue as a device serves it: chains out of the available ring, results into the used ring, interrupts when
+//! the driver wants them.
+//!
+//! What lives here: the checks around `virtio-queue`, whose own iterator swallows what is wrong with a ring. What
+//! never enters: what a chain asks for.
+
+use std::sync::Arc;
+use std::sync::atomic::{Ordering, fence};
+
+use virtio_bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
+use virtio_queue::{Queue, QueueOwnedT, QueueT};
+use vm_memory::{Bytes, GuestAddress};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::chain::{BadChain, Chain};
+use super::{ActiveQueue, Interrupt, RingPosition};
+use crate::SharedMemory;
+
+/// A ring that cannot be served any more.
+#[derive(Debug, thiserror::Error)]
+pub enum RingError {
+    /// `virtio-queue` refused an index or an address.
+    #[error("ring of queue {index}: {source}")]
+    Queue {
+        /// The queue's number.
+        index: u16,
+        /// The reason.
+        source: virtio_queue::Error,
+    },
+    /// A chain that leads nowhere.
+    #[error("ring of queue {index}: {source}")]
+    Chain {
+        /// The queue's number.
+        index: u16,
+        /// What is wrong with it.
+        source: BadChain,
+    },
+    /// The available ring cannot be read.
+    #[error("ring of queue {index}: the available ring cannot be read")]
+    Unreadable {
+        /// The queue's number.
+        index: u16,
+    },
+}
+
+/// One queue in the hands of its device.
+pub struct DeviceQueue {
+    index: u16,
+    queue: Queue,
+    memory: SharedMemory,
+    interrupt: Arc<Interrupt>,
+    gave_up: bool,
+}
+
+impl DeviceQueue {
+    /// The queue, and the event that counts its notifications.
+    pub fn new(active: ActiveQueue, memory: SharedMemory, interrupt: Arc<Interrupt>) -> (EventFd, Self) {
+        let ActiveQueue { index, queue, kick } = active;
+        (kick, Self { index, queue, memory, interrupt, gave_up: false })
+    }
+
+    pub fn index(&self) -> u16 {
+        self.index
+    }
+
+    pub fn memory(&self) -> &SharedMemory {
+        &self.memory
+    }
+
+    pub fn position(&self) -> RingPosition {
+        RingPosition { next_avail: self.queue.next_avail(), next_used: self.queue.next_used() }
+    }
+
+    /// The next chain, if the driver has offered one.
+    pub fn next(&mut self) -> Result<Option<Chain>, RingError> {
+        let index = self.index;
+        let fail = |source| RingError::Queue { index, source };
+        let offered = self.queue.avail_idx(&*self.memory, Ordering::Acquire).map_err(fail)?;
+        if offered.0 == self.queue.next_avail() {
+            return Ok(None);
+        }
+        // The iterator's "none" would mean an entry that cannot be read: something is offered.
+        let chain = self.queue.iter(Arc::clone(&self.memory)).map_err(fail)?.next();
+        let chain = chain.ok_or(RingError::Unreadable { index })?;
+        Chain::parse(chain).map(Some).map_err(|source| self.refuse(source))
+    }
+
+    /// The error for a chain that is well-formed but no request.
+    pub fn refuse(&self, source: BadChain) -> RingError {
+        RingError::Chain { index: self.index, source }
+    }
+
+    /// Asks the driver to leave out notifications while the device looks at the ring anyway.
+    pub fn quiet(&mut self) -> Result<(), RingError> {
+        let index = self.index;
+        self.queue.disable_notification(&*self.memory).map_err(|source| RingError::Queue { index, source })
+    }
+
+    /// Asks for a notification of the next chain. True if one is there already.
+    pub fn listen(&mut self) -> Result<bool, RingError> {
+        let index = self.index;
+        self.queue.enable_notification(&*self.memory).map_err(|source| RingError::Queue { index, source })
+    }
+
+    /// Gives chain `head` back with `written` bytes written into it, and interrupts the driver if it wants that.
+    pub fn complete(&mut self, head: u16, written: u32) -> Result<(), RingError> {
+        let index = self.index;
+        let fail = |source| RingError::Queue { index, source };
+        self.queue.add_used(&*self.memory, head, written).map_err(fail)?;
+        if self.queue.needs_notification(&*self.memory).map_err(fail)? && !self.interrupts_unwanted() {
+            self.interrupt.queue(self.index);
+        }
+        Ok(())
+    }
+
+    /// Whether [`give_up`](Self::give_up) was called. Nothing more is taken from such a queue.
+    pub fn gave_up(&self) -> bool {
+        self.gave_up
+    }
+
+    /// The device cannot go on with this ring: the driver has to reset it.
+    pub fn give_up(&mut self, error: &RingError) {
+        tracing::warn!(%error, "the device needs a reset");
+        self.gave_up = true;
+        self.interrupt.needs_reset();
+    }
+
+    /// The available ring's flag that counts while EVENT_IDX is off (virtio 1.2 section 2.7.7.2).
+    fn interrupts_unwanted(&self) -> bool {
+        if self.queue.event_idx_enabled() {
+            return false;
+        }
+        fence(Ordering::SeqCst);
+        let flags: u16 =
+            self.memory.load(GuestAddress(self.queue.avail_ring()), Ordering::Relaxed).unwrap_or(0);
+        u32::from(u16::from_le(flags)) & VRING_AVAIL_F_NO_INTERRUPT != 0
+    }
+}
