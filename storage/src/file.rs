@@ -355,3 +355,89 @@ fn direct_alignment(file: &File) -> Option<Alignment> {
     let (memory, request) = (stat.stx_dio_mem_align as usize, stat.stx_dio_offset_align as usize);
     (memory.is_power_of_two() && request.is_power_of_two()).then_some(Alignment { memory, request })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn ring_and_dir() -> (Rc<Ring>, tempfile::TempDir) {
+        // Beside the test binary: `/tmp` may be memory, which has no direct I/O and no holes to speak of.
+        let binary = std::env::current_exe().unwrap();
+        let dir = tempfile::tempdir_in(binary.parent().unwrap()).unwrap();
+        (Ring::new(8).unwrap(), dir)
+    }
+
+    #[test]
+    fn odd_lengths_of_raw_files_are_kept_by_buffered_io() {
+        let (ring, dir) = ring_and_dir();
+        let path = dir.path().join("a");
+        std::fs::write(&path, vec![1; 4099]).unwrap();
+        let file = UringFile::open(&ring, &path, true, true).unwrap();
+        assert!(!file.is_direct());
+        assert_eq!(file.size().unwrap(), 4099);
+        std::fs::write(&path, vec![1; 8192]).unwrap();
+        let file = UringFile::open(&ring, &path, true, true).unwrap();
+        let plain = File::open(&path).unwrap();
+        assert_eq!(file.is_direct(), direct_alignment(&plain).is_some());
+    }
+
+    #[test]
+    fn reads_past_the_end_give_zeroes_and_long_lists_are_split() {
+        let (ring, dir) = ring_and_dir();
+        let path = dir.path().join("a");
+        std::fs::write(&path, vec![1; 4099]).unwrap();
+        let file = UringFile::open(&ring, &path, true, false).unwrap();
+        let mut pages: Vec<_> = (0..MAX_SEGMENTS + 10).map(|_| crate::AlignedBuf::zeroed(4096)).collect();
+        for page in &mut pages {
+            page.fill(9);
+        }
+        let mut vector = IoVectorMut::new();
+        for page in &mut pages {
+            vector.push(page.as_mut_slice());
+        }
+        // SAFETY: page-aligned memory, offset and lengths; the future is awaited.
+        ring.block_on(async { unsafe { file.pure_readv(vector, 0) }.await }).unwrap();
+        let all: Vec<u8> = pages.iter().flat_map(|page| page.iter().copied()).collect();
+        assert!(all[..4099].iter().all(|&byte| byte == 1) && all[4099..].iter().all(|&byte| byte == 0));
+        let mut vector = IoVector::new();
+        for page in &pages {
+            vector.push(page.as_slice());
+        }
+        // SAFETY: as above.
+        ring.block_on(async { unsafe { file.pure_writev(vector, 4096) }.await }).unwrap();
+        assert_eq!(file.size().unwrap(), 4096 * (MAX_SEGMENTS as u64 + 11));
+        assert_eq!(std::fs::read(&path).unwrap()[4096..], all);
+    }
+
+    #[test]
+    fn extents_follow_holes() {
+        let (ring, dir) = ring_and_dir();
+        let path = dir.path().join("a");
+        let plain = File::create(&path).unwrap();
+        plain.set_len(1 << 20).unwrap();
+        std::os::unix::fs::FileExt::write_all_at(&plain, &[1; 65536], 65536).unwrap();
+        let file = UringFile::open(&ring, &path, true, false).unwrap();
+        assert_eq!(file.extent(0, 1 << 20).unwrap(), (false, 65536));
+        assert_eq!(file.extent(65536, 1 << 20).unwrap(), (true, 65536));
+        assert_eq!(file.extent(131_072, 4096).unwrap(), (false, 4096));
+        assert_eq!(file.extent(1 << 30, 4096).unwrap(), (false, 4096));
+    }
+
+    #[test]
+    fn more_files_than_registered_slots_work() {
+        let (ring, dir) = ring_and_dir();
+        let files: Vec<_> = (0..80)
+            .map(|index| {
+                let path = dir.path().join(index.to_string());
+                std::fs::write(&path, vec![index as u8; 4096]).unwrap();
+                UringFile::open(&ring, &path, false, false).unwrap()
+            })
+            .collect();
+        for (index, file) in files.iter().enumerate() {
+            let mut page = crate::AlignedBuf::zeroed(4096);
+            // SAFETY: page-aligned memory, offset and length; the future is awaited.
+            ring.block_on(async { unsafe { file.pure_readv(page.io_vec_mut(), 0) }.await }).unwrap();
+            assert!(page.iter().all(|&byte| byte == index as u8));
+        }
+    }
+}
