@@ -1,0 +1,336 @@
+//! One machine: RAM, vCPUs and devices put together, started from a kernel or from a saved state.
+//!
+//! What lives here: building in the right order, pausing and resuming all of it, its saved state, its end. What never
+//! enters: migration, sockets, which host or datastore anything is on.
+
+mod bus;
+mod config;
+mod exit;
+mod save;
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use vmm_sys_util::eventfd::EventFd;
+use vmove_devices::state::{Section, Sections, StateError};
+use vmove_devices::{Block, ConsoleSink, DeviceError, DiskHandle, PciBus, Rng, Serial};
+
+pub use crate::kvm::ExitReason;
+pub use config::{DiskConfig, DiskSource, MachineConfig};
+
+use crate::boot::{self, BootSource};
+use crate::kvm::{self, Bus, ExitListener, Hypervisor, IoEvents, Msi, RunState, Vcpu, Vm};
+use crate::memory::{self, DirtyLog, GuestRam};
+use bus::MachineBus;
+use exit::Exit;
+
+/// What can go wrong with a machine.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The configuration asks for something that cannot be.
+    #[error("machine configuration: {0}")]
+    Config(String),
+    /// KVM.
+    #[error(transparent)]
+    Kvm(#[from] kvm::Error),
+    /// Guest RAM.
+    #[error(transparent)]
+    Memory(#[from] memory::Error),
+    /// The kernel and what it is given.
+    #[error(transparent)]
+    Boot(#[from] boot::Error),
+    /// A device.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
+    /// The sections of a saved state.
+    #[error(transparent)]
+    State(#[from] StateError),
+    /// A saved state of another machine than the one configured.
+    #[error("the saved state is that of another machine: {what} {saved} there, {here} here")]
+    Mismatch {
+        /// What differs.
+        what: &'static str,
+        /// Its value in the state.
+        saved: u64,
+        /// Its value in the configuration.
+        here: u64,
+    },
+    /// Something that is only possible with the machine paused, or only before its end.
+    #[error("cannot {what}: the machine {why}")]
+    NotNow {
+        /// What was tried.
+        what: &'static str,
+        /// Why not.
+        why: &'static str,
+    },
+    /// An event counter could not be made.
+    #[error("cannot create an event: {0}")]
+    Event(std::io::Error),
+}
+
+/// A machine. It is created paused; [`resume`](Self::resume) lets it run. Dropping it ends all its threads, flushing and
+/// closing the disks nobody else holds.
+pub struct Machine {
+    // In this order at the end: vCPUs, then devices, then the VM with its RAM.
+    vcpus: Vec<Vcpu>,
+    devices: Arc<MachineBus>,
+    disks: Vec<DiskHandle>,
+    dirty: DirtyLog,
+    vm: Arc<Vm>,
+    exit: Arc<Exit>,
+    /// Whether the devices are paused. Held while pausing and resuming, so that these come one after the other.
+    devices_paused: Mutex<bool>,
+}
+
+impl Machine {
+    /// A machine that will start its kernel with the first [`resume`](Self::resume).
+    ///
+    /// # Errors
+    /// Names the part that cannot be had: KVM, RAM, a kernel file, an image, an impossible configuration.
+    pub fn boot(config: MachineConfig, console: ConsoleSink) -> Result<Self, Error> {
+        let hypervisor = Hypervisor::open()?;
+        config.check(&hypervisor)?;
+        let ram = GuestRam::new(config.memory_bytes)?;
+        let kernel = config.kernel.as_deref().ok_or_else(|| Error::Config("no kernel to boot".to_owned()))?;
+        let entry = boot::load(
+            &ram,
+            BootSource {
+                kernel,
+                initrd: config.initrd.as_deref(),
+                cmdline: &config.cmdline,
+                vcpus: config.vcpus,
+            },
+        )?;
+        let parts = Parts::new(&hypervisor, config, ram, console)?;
+        parts.devices.pci.pause_all()?;
+        let vcpus = kvm::start_vcpus(
+            &hypervisor,
+            &parts.vm,
+            parts.vcpus,
+            |regs, sregs| entry.set_registers(regs, sregs),
+            &parts.bus(),
+            &parts.listener(),
+        )?;
+        Ok(parts.into_machine(vcpus))
+    }
+
+    /// A machine that goes on from a saved state, in RAM that was filled before. Nothing runs before
+    /// [`resume`](Self::resume). Kernel, initial RAM disk and command line of the configuration are not used. The guest's
+    /// clocks go forward by the time since the state was saved, by the two hosts' clocks.
+    ///
+    /// The sections are untrusted: any nonsense in them is an error here, or at worst the guest's own trouble.
+    ///
+    /// # Errors
+    /// As [`boot`](Self::boot), and what is wrong with the state: sections missing, unknown or left over, another
+    /// configuration, CPU features this host lacks, values that KVM or a device refuses.
+    pub fn restore(
+        config: MachineConfig,
+        ram: GuestRam,
+        sections: Vec<Section>,
+        console: ConsoleSink,
+    ) -> Result<Self, Error> {
+        let hypervisor = Hypervisor::open()?;
+        config.check(&hypervisor)?;
+        if ram.layout().bytes() != config.memory_bytes {
+            return Err(Error::Config(format!(
+                "{} bytes of RAM were given for a machine of {}",
+                ram.layout().bytes(),
+                config.memory_bytes
+            )));
+        }
+        let mut sections = Sections::new(sections)?;
+        save::check_machine(&config, &mut sections)?;
+        let parts = Parts::new(&hypervisor, config, ram, console)?;
+        // KVM before the devices: a device may deliver an interrupt as soon as it has its state.
+        let vcpus = kvm::restore_vcpus(
+            &hypervisor,
+            &parts.vm,
+            parts.vcpus,
+            &mut sections,
+            &parts.bus(),
+            &parts.listener(),
+        )?;
+        parts.devices.pci.restore(&mut sections)?;
+        parts.devices.serial.restore(&mut sections)?;
+        sections.finish()?;
+        Ok(parts.into_machine(vcpus))
+    }
+
+    /// Pauses vCPUs, then devices: when this returns the guest's state and RAM stand still, and every request the guest
+    /// made is either done or not begun.
+    ///
+    /// # Errors
+    /// [`Error::Device`] if a device's thread has died.
+    pub fn pause(&self) -> Result<(), Error> {
+        self.pause_vcpus();
+        self.pause_devices()
+    }
+
+    /// The first half of [`pause`](Self::pause): no vCPU is in the guest and no access of theirs is half done. Devices
+    /// go on with what they have.
+    pub fn pause_vcpus(&self) {
+        self.vcpus.iter().for_each(Vcpu::request_pause);
+        self.vcpus.iter().for_each(Vcpu::wait_paused);
+    }
+
+    /// The second half of [`pause`](Self::pause): no request is in flight.
+    ///
+    /// # Errors
+    /// [`Error::Device`] if a device's thread has died.
+    pub fn pause_devices(&self) -> Result<(), Error> {
+        let mut paused = self.lock();
+        if !*paused {
+            self.devices.pci.pause_all()?;
+            *paused = true;
+        }
+        Ok(())
+    }
+
+    /// Lets devices and vCPUs run.
+    ///
+    /// # Errors
+    /// [`Error::NotNow`] once the guest has ended, [`Error::Device`] if a device's thread has died.
+    pub fn resume(&self) -> Result<(), Error> {
+        if self.exit.reason().is_some() {
+            return Err(Error::NotNow { what: "resume", why: "has ended" });
+        }
+        let mut paused = self.lock();
+        if *paused {
+            self.devices.pci.resume_all()?;
+            *paused = false;
+        }
+        for vcpu in &self.vcpus {
+            vcpu.resume()?;
+        }
+        Ok(())
+    }
+
+    /// The state of everything but RAM and disks, devices first. Saving may dirty RAM: collect once more afterwards.
+    ///
+    /// # Errors
+    /// [`Error::NotNow`] unless paused; else what could not be read.
+    pub fn save_state(&self) -> Result<Vec<Section>, Error> {
+        let paused = self.lock();
+        if !*paused || self.vcpus.iter().any(|vcpu| vcpu.state() == RunState::Running) {
+            return Err(Error::NotNow { what: "save the state", why: "is not paused" });
+        }
+        if self.vcpus.iter().any(|vcpu| vcpu.state() == RunState::Stopped) {
+            return Err(Error::NotNow { what: "save the state", why: "has ended" });
+        }
+        let mut sections = vec![save::machine_section(self)?];
+        sections.extend(self.devices.pci.save()?);
+        sections.push(self.devices.serial.save()?);
+        for vcpu in &self.vcpus {
+            sections.push(vcpu.save()?.encode()?);
+        }
+        // Last, so that the guest's clock is as late as it can be.
+        sections.push(kvm::VmState::read(&self.vm)?.encode()?);
+        Ok(sections)
+    }
+
+    /// The disk of that name.
+    pub fn disk(&self, name: &str) -> Option<&DiskHandle> {
+        self.disks.iter().find(|disk| disk.name() == name)
+    }
+
+    /// All disks, in the order the guest sees them.
+    pub fn disks(&self) -> &[DiskHandle] {
+        &self.disks
+    }
+
+    /// The guest's RAM.
+    pub fn ram(&self) -> &GuestRam {
+        self.vm.ram()
+    }
+
+    /// The dirty log of the guest's RAM.
+    pub fn dirty_log(&self) -> &DirtyLog {
+        &self.dirty
+    }
+
+    /// Number of vCPUs.
+    pub fn vcpus(&self) -> u8 {
+        self.vcpus.len() as u8
+    }
+
+    /// Types into the guest's serial console. Returns how many bytes were taken; the rest had no room.
+    pub fn console_input(&self, input: &[u8]) -> usize {
+        self.devices.serial.feed(input)
+    }
+
+    /// Why the guest ended, if it has.
+    pub fn exit_reason(&self) -> Option<ExitReason> {
+        self.exit.reason()
+    }
+
+    /// Waits until the guest ends. With several vCPUs the others may still run: [`pause`](Self::pause) or drop the
+    /// machine then.
+    pub fn wait_exit(&self) -> ExitReason {
+        self.exit.wait()
+    }
+
+    /// Becomes readable when the guest ends; never read from here.
+    pub fn exit_event(&self) -> &EventFd {
+        self.exit.event()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, bool> {
+        self.devices_paused.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A machine without vCPUs.
+struct Parts {
+    vcpus: u8,
+    vm: Arc<Vm>,
+    devices: Arc<MachineBus>,
+    disks: Vec<DiskHandle>,
+    exit: Arc<Exit>,
+}
+
+impl Parts {
+    fn new(
+        hypervisor: &Hypervisor,
+        config: MachineConfig,
+        ram: GuestRam,
+        console: ConsoleSink,
+    ) -> Result<Self, Error> {
+        let vm = Vm::new(hypervisor, ram)?;
+        let line = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(Error::Event)?;
+        vm.connect_irq(&line, Serial::IRQ)?;
+        let mut pci = PciBus::new(Arc::new(IoEvents(Arc::clone(&vm))), Arc::new(Msi(Arc::clone(&vm))));
+        let mut disks = Vec::new();
+        for DiskConfig { name, source } in config.disks {
+            let disk = match source {
+                DiskSource::Image { path, options } => DiskHandle::open(&name, &path, options)?,
+                DiskSource::Open(disk) => disk,
+            };
+            let device = Block::new(Arc::clone(vm.ram().memory()), disk.clone(), &name);
+            pci.add_virtio(&format!("disk-{name}"), Box::new(device))?;
+            disks.push(disk);
+        }
+        pci.add_virtio("entropy", Box::new(Rng::new(Arc::clone(vm.ram().memory()))?))?;
+        let devices = Arc::new(MachineBus { pci, serial: Serial::new(line, console) });
+        Ok(Self { vcpus: config.vcpus, vm, devices, disks, exit: Arc::new(Exit::new()?) })
+    }
+
+    fn bus(&self) -> Arc<dyn Bus> {
+        Arc::clone(&self.devices) as Arc<dyn Bus>
+    }
+
+    fn listener(&self) -> Arc<dyn ExitListener> {
+        Arc::clone(&self.exit) as Arc<dyn ExitListener>
+    }
+
+    /// The devices are paused.
+    fn into_machine(self, vcpus: Vec<Vcpu>) -> Machine {
+        Machine {
+            vcpus,
+            devices: self.devices,
+            disks: self.disks,
+            dirty: DirtyLog::new(Arc::clone(&self.vm)),
+            vm: self.vm,
+            exit: self.exit,
+            devices_paused: Mutex::new(true),
+        }
+    }
+}
