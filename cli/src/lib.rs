@@ -1,1 +1,13 @@
-//! Placeholder header, replaced as the crate is written.
+//! vmove: shared-nothing live migration for KVM, as a library for its binary and for whole-system tests.
+//!
+//! Lives here: commands, the per-host agent and its API, identity, rendering. Never enters: guest bytes.
+#![forbid(unsafe_code)]
+
+pub mod agent;
+pub mod api;
+pub mod bench;
+pub mod client;
+pub mod commands;
+pub mod demo;
+pub mod identity;
+pub mod render;

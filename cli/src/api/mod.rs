@@ -1,0 +1,5 @@
+//! What the agent's HTTP API says, without how it is served.
+//!
+//! Lives here: request and response types, connections to unix sockets of any path length. Never enters: routes, policy.
+
+pub mod types;
