@@ -4,7 +4,8 @@
 
 use std::collections::BTreeSet;
 
-use kvm_bindings::kvm_cpuid_entry2;
+use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
+use kvm_ioctls::VcpuFd;
 
 use super::{Error, Hypervisor};
 
@@ -188,18 +189,35 @@ pub(super) fn names(leaves: &[kvm_cpuid_entry2]) -> BTreeSet<String> {
     names
 }
 
-/// The CPU features that a guest gets on this host, named as in `/proc/cpuinfo` (KVM's own begin with `kvm`).
+/// The names of the features that a guest on this vCPU is offered when it is given all that the host supports.
+///
+/// Asked of a vCPU, since there are hosts whose KVM says it supports less than every guest sees there. Leaves the vCPU
+/// with that CPUID.
 ///
 /// # Errors
-/// As [`Hypervisor::open`].
+/// [`Error::Call`].
+pub(super) fn offered(hypervisor: &Hypervisor, vcpu: &VcpuFd) -> Result<BTreeSet<String>, Error> {
+    vcpu.set_cpuid2(hypervisor.supported_cpuid()).map_err(Error::call("set the CPUID of a vCPU"))?;
+    let seen = vcpu.get_cpuid2(KVM_MAX_CPUID_ENTRIES).map_err(Error::call("read the CPUID of a vCPU"))?;
+    Ok(names(seen.as_slice()))
+}
+
+/// The CPU features that a guest gets on this host, named as in `/proc/cpuinfo` (KVM's own begin with `kvm`). Makes a
+/// VM to find out: some milliseconds.
+///
+/// # Errors
+/// As [`Hypervisor::open`], or [`Error::Call`].
 pub fn host_features() -> Result<BTreeSet<String>, Error> {
-    Ok(names(Hypervisor::open()?.supported_cpuid().as_slice()))
+    let hypervisor = Hypervisor::open()?;
+    let vm = hypervisor.kvm().create_vm().map_err(Error::call("create a VM"))?;
+    let vcpu = vm.create_vcpu(0).map_err(Error::call("create a vCPU"))?;
+    offered(&hypervisor, &vcpu)
 }
 
 /// Those of `required` that this host does not offer, names it does not know included.
 ///
 /// # Errors
-/// As [`Hypervisor::open`].
+/// As [`host_features`].
 pub fn missing_features(required: &BTreeSet<String>) -> Result<BTreeSet<String>, Error> {
     Ok(required.difference(&host_features()?).cloned().collect())
 }

@@ -125,7 +125,7 @@ impl VcpuState {
         elapsed_ns: u64,
     ) -> Result<(), Error> {
         let failed = |what: &str| Error::call(format!("set {what} of vCPU {}", self.id));
-        let here = features::names(hypervisor.supported_cpuid().as_slice());
+        let here = features::offered(hypervisor, fd)?;
         let missing: Vec<_> = features::names(&self.cpuid).difference(&here).cloned().collect();
         if !missing.is_empty() {
             return Err(Error::Features(missing.join(", ")));
