@@ -24,12 +24,7 @@ pub trait WriteTap {
         data: &'a [GuestSlice<'a>],
     ) -> LocalBoxFuture<'a, Result<(), BlockError>>;
     /// Zeroes or discards `len` bytes at byte `offset`, inside the disk.
-    fn zero<'a>(
-        &'a self,
-        offset: u64,
-        len: u64,
-        kind: ZeroKind,
-    ) -> LocalBoxFuture<'a, Result<(), BlockError>>;
+    fn zero(&self, offset: u64, len: u64, kind: ZeroKind) -> LocalBoxFuture<'_, Result<(), BlockError>>;
 }
 
 /// What becomes of a range that is not written with data.

@@ -111,9 +111,10 @@ impl DiskRequest {
                 let mut done = Ok(0);
                 for segment in self.segments(memory, facts, discard)? {
                     let Segment { offset, len, unmap } = segment;
-                    done = match discard {
-                        true => path.discard(offset, len).await,
-                        false => path.write_zeroes(offset, len, unmap).await,
+                    done = if discard {
+                        path.discard(offset, len).await
+                    } else {
+                        path.write_zeroes(offset, len, unmap).await
                     }
                     .map(|()| 0);
                     if done.is_err() {

@@ -262,7 +262,7 @@ impl VirtioFunction {
                 Ok(()) => *connected = Some(address),
                 // Notifications then come through `write`.
                 Err(error) => {
-                    tracing::warn!(device = self.name, address, %error, "cannot connect a doorbell")
+                    tracing::warn!(device = self.name, address, %error, "cannot connect a doorbell");
                 }
             }
         }

@@ -55,9 +55,10 @@ impl VirtioDevice for Block {
             | 1 << VIRTIO_BLK_F_BLK_SIZE
             | 1 << VIRTIO_BLK_F_FLUSH
             | 1 << VIRTIO_BLK_F_TOPOLOGY;
-        match self.facts.read_only {
-            true => always | 1 << VIRTIO_BLK_F_RO,
-            false => always | 1 << VIRTIO_BLK_F_DISCARD | 1 << VIRTIO_BLK_F_WRITE_ZEROES,
+        if self.facts.read_only {
+            always | 1 << VIRTIO_BLK_F_RO
+        } else {
+            always | 1 << VIRTIO_BLK_F_DISCARD | 1 << VIRTIO_BLK_F_WRITE_ZEROES
         }
     }
 
