@@ -10,6 +10,7 @@ use std::sync::{Arc, mpsc};
 
 use futures_util::FutureExt;
 use futures_util::future::LocalBoxFuture;
+use support::requests::*;
 use support::*;
 use vm_memory::bitmap::Bitmap;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
@@ -20,17 +21,6 @@ use vmove_storage::{BlockDevice, BlockError, ImageFormat, ImageSpec, OpenOptions
 
 const MIB: u64 = 1 << 20;
 const DISK: u64 = 64 * MIB;
-
-const IN: u32 = 0;
-const OUT: u32 = 1;
-const FLUSH: u32 = 4;
-const GET_ID: u32 = 8;
-const DISCARD: u32 = 11;
-const WRITE_ZEROES: u32 = 13;
-
-const OK: u8 = 0;
-const IOERR: u8 = 1;
-const UNSUPP: u8 = 2;
 
 struct Disk {
     machine: Machine,
@@ -63,64 +53,6 @@ fn disk(format: ImageFormat) -> Disk {
     Disk { _dir: Some(dir), ..attach(path, false) }
 }
 
-/// Where request `slot` has its header, its data and its status.
-fn places(slot: u64) -> (u64, u64, u64) {
-    let base = BUFFERS + slot * 0x2_0000;
-    (base, base + 0x1000, base + 0x800)
-}
-
-fn header(machine: &Machine, slot: u64, kind: u32, sector: u64) {
-    let (header, _, status) = places(slot);
-    machine.memory.write_obj(kind, GuestAddress(header)).unwrap();
-    machine.memory.write_obj(0u32, GuestAddress(header + 4)).unwrap();
-    machine.memory.write_obj(sector, GuestAddress(header + 8)).unwrap();
-    machine.memory.write_obj(0xeeu8, GuestAddress(status)).unwrap();
-}
-
-/// The chain of a request with `len` bytes of data, which the device writes if `reads`.
-fn chain(slot: u64, len: u32, reads: bool) -> Vec<Piece> {
-    let (header, data, status) = places(slot);
-    let mut pieces = vec![(header, 16, false), (status, 1, true)];
-    if len > 0 {
-        pieces.insert(1, (data, len, reads));
-    }
-    pieces
-}
-
-fn put(machine: &Machine, slot: u64, bytes: &[u8]) {
-    machine.memory.write_slice(bytes, GuestAddress(places(slot).1)).unwrap();
-}
-
-fn get(machine: &Machine, slot: u64, len: usize) -> Vec<u8> {
-    let mut bytes = vec![0; len];
-    machine.memory.read_slice(&mut bytes, GuestAddress(places(slot).1)).unwrap();
-    bytes
-}
-
-fn status(machine: &Machine, slot: u64) -> u8 {
-    machine.memory.read_obj(GuestAddress(places(slot).2)).unwrap()
-}
-
-/// One request from offer to status.
-fn request(driver: &mut Driver, machine: &Machine, kind: u32, sector: u64, len: u32) -> (u8, u32) {
-    header(machine, 0, kind, sector);
-    driver.offer(machine, &chain(0, len, matches!(kind, IN | GET_ID)));
-    driver.kick(machine);
-    let written = driver.collect(machine, 1)[0].1;
-    (status(machine, 0), written)
-}
-
-fn write(driver: &mut Driver, machine: &Machine, sector: u64, bytes: &[u8]) {
-    put(machine, 0, bytes);
-    assert_eq!(request(driver, machine, OUT, sector, bytes.len() as u32), (OK, 1));
-}
-
-fn read(driver: &mut Driver, machine: &Machine, sector: u64, len: usize) -> Vec<u8> {
-    put(machine, 0, &vec![0x55; len]);
-    assert_eq!(request(driver, machine, IN, sector, len as u32), (OK, len as u32 + 1));
-    get(machine, 0, len)
-}
-
 fn segments(machine: &Machine, list: &[(u64, u32, u32)]) -> u32 {
     let mut bytes = Vec::new();
     for (sector, count, flags) in list {
@@ -130,10 +62,6 @@ fn segments(machine: &Machine, list: &[(u64, u32, u32)]) -> u32 {
     }
     put(machine, 0, &bytes);
     bytes.len() as u32
-}
-
-fn pattern(seed: u64, len: usize) -> Vec<u8> {
-    (0..len as u64).map(|i| ((i ^ seed).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 56) as u8).collect()
 }
 
 #[test]
@@ -319,7 +247,7 @@ fn interrupts_come_only_when_wanted() {
     header(machine, 0, IN, 0);
     driver.offer(machine, &chain(0, 512, true));
     driver.kick(machine);
-    while driver.used_index(machine) == 0 {
+    while machine.used_index() == 0 {
         std::thread::yield_now();
     }
     disk.handle.pause().unwrap();
@@ -357,7 +285,7 @@ fn what_is_offered_during_a_pause_is_served_after_it() {
     driver.offer(machine, &chain(0, 512, true));
     driver.kick(machine);
     disk.handle.pause().unwrap();
-    assert_eq!(driver.used_index(machine), 1, "only the first write");
+    assert_eq!(machine.used_index(), 1, "only the first write");
     machine.bus.resume_all().unwrap();
     assert_eq!(driver.collect(machine, 1)[0].1, 513);
     assert_eq!(get(machine, 0, 512), pattern(1, 512));
@@ -480,10 +408,10 @@ fn pause_and_reset_wait_for_requests_in_flight() {
     let (arrival, release) = hold(&disk.handle);
     offer(&mut driver, arrival);
     let pausing = disk.handle.start_pause().unwrap();
-    assert_eq!(driver.used_index(machine), 0);
+    assert_eq!(machine.used_index(), 0);
     release.write(1).unwrap();
     pausing.wait().unwrap();
-    assert_eq!(driver.used_index(machine), 1, "a pause holds once the write is in the used ring");
+    assert_eq!(machine.used_index(), 1, "a pause holds once the write is in the used ring");
     disk.handle.resume().unwrap();
     driver.collect(machine, 1);
 
@@ -495,7 +423,7 @@ fn pause_and_reset_wait_for_requests_in_flight() {
         release.write(1).unwrap();
         reset.join().unwrap();
     });
-    assert_eq!(driver.used_index(machine), 2, "the reset came back after the write had ended");
+    assert_eq!(machine.used_index(), 2, "the reset came back after the write had ended");
     assert_eq!(driver.status(machine), 0);
     on_disk(&disk.handle, |context| async move {
         let quiet = context.quiesce().await;

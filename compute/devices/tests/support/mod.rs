@@ -3,6 +3,8 @@
 
 #![allow(dead_code, missing_docs, reason = "each test binary uses its part")]
 
+pub mod requests;
+
 use std::io;
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
@@ -12,7 +14,7 @@ use vmm_sys_util::eventfd::EventFd;
 use vmove_devices::{Doorbells, GuestMemory, MsiSender, PciBus, SharedMemory};
 
 /// Long enough for any machine; only reached by a failing test.
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_mins(1);
 
 pub const RAM: usize = 32 << 20;
 /// Where the second region starts; the first ends there as well, so that buffers can cross.
@@ -124,6 +126,11 @@ impl Machine {
 
     pub fn write(&self, address: u64, value: u64, len: usize) {
         assert!(self.bus.mmio_write(address, &value.to_le_bytes()[..len]), "nothing at {address:#x}");
+    }
+
+    /// The used ring's index, as the device last wrote it.
+    pub fn used_index(&self) -> u16 {
+        self.memory.read_obj(GuestAddress(USED + 2)).unwrap()
     }
 
     /// Offset of a capability in configuration space: id, and for vendor ones the virtio type.
@@ -254,7 +261,7 @@ impl Driver {
         for (at, (address, len, write)) in pieces.iter().enumerate() {
             let index = (head + at as u16) % self.size;
             let more = at + 1 < pieces.len();
-            let flags = u16::from(more) * NEXT | u16::from(*write) * WRITE;
+            let flags = (u16::from(more) * NEXT) | (u16::from(*write) * WRITE);
             let next = if more { (index + 1) % self.size } else { 0 };
             Self::descriptor(machine, DESCRIPTORS, index, (*address, *len, flags, next));
         }
@@ -269,7 +276,7 @@ impl Driver {
         let table = INDIRECT_TABLES + u64::from(head) * 0x400;
         for (at, (address, len, write)) in (0..).zip(pieces) {
             let more = usize::from(at) + 1 < pieces.len();
-            let flags = u16::from(more) * NEXT | u16::from(*write) * WRITE;
+            let flags = (u16::from(more) * NEXT) | (u16::from(*write) * WRITE);
             Self::descriptor(machine, table, at, (*address, *len, flags, at + 1));
         }
         let indirect = (table, pieces.len() as u32 * 16, INDIRECT_FLAG, 0);
@@ -298,17 +305,13 @@ impl Driver {
         machine.memory.write_obj(event, GuestAddress(AVAILABLE + 4 + u64::from(self.size) * 2)).unwrap();
     }
 
-    pub fn used_index(&self, machine: &Machine) -> u16 {
-        machine.memory.read_obj(GuestAddress(USED + 2)).unwrap()
-    }
-
     /// Waits for `count` used chains; returns their heads and lengths.
     pub fn collect(&mut self, machine: &Machine, count: u16) -> Vec<(u16, u32)> {
         if self.event_idx {
             self.want_interrupt_after(machine, count);
         }
         // A chain may have been used before the device could see the wish, hence the look at the ring first.
-        machine.messages.wait_until(|| self.used_index(machine).wrapping_sub(self.used) >= count);
+        machine.messages.wait_until(|| machine.used_index().wrapping_sub(self.used) >= count);
         (0..count)
             .map(|_| {
                 let slot = USED + 4 + u64::from(self.used % self.size) * 8;
