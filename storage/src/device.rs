@@ -13,15 +13,18 @@ use futures_util::lock::Mutex;
 use imago::io_buffers::{IoVector, IoVectorMut};
 use imago::qcow2::Qcow2;
 use imago::raw::Raw;
+use imago::storage::Storage;
 use imago::{DenyImplicitOpenGate, FormatAccess, FormatDriverBuilder, Mapping, ShallowMapping, StorageExt};
 
 use crate::buffer::AlignedBuf;
 use crate::error::{BlockError, Result};
 use crate::file::UringFile;
 use crate::gate::{Access, Pass, RangeGate};
+use crate::header::INCOMPATIBLE_DIRTY;
 use crate::image::ImageFormat;
 use crate::lock::ImageLock;
 use crate::open::{Layer, OpenOptions, open_chain};
+use crate::repair::HEADER_INCOMPATIBLE;
 use crate::ring::Ring;
 
 /// Requests in flight per disk. An allocating write pins an L2 table of imago's cache, which has room for 128
@@ -74,6 +77,8 @@ pub struct BlockDevice {
     /// Flushes run one by one: imago counts a table as clean while its write is still under way.
     flushing: Mutex<()>,
     sync_lost: Cell<bool>,
+    /// Whether the image carries the mark of an image in use.
+    marked: Mutex<bool>,
     /// After `access`: locks are released when the files are closed.
     _locks: Vec<ImageLock>,
 }
@@ -114,6 +119,7 @@ impl BlockDevice {
             gate: RangeGate::new(MAX_IN_FLIGHT),
             flushing: Mutex::new(()),
             sync_lost: Cell::new(false),
+            marked: Mutex::new(false),
             _locks: locks,
         })
     }
@@ -159,6 +165,7 @@ impl BlockDevice {
     pub async fn write(&self, offset: u64, buffers: IoVector<'_>) -> Result<()> {
         self.writable()?;
         let range = self.range(offset, buffers.len())?;
+        self.mark_in_use().await?;
         let _pass = self.gate.enter(range, Access::Shared).await;
         self.access.writev(buffers, offset).await.map_err(|e| BlockError::io("write to", &self.path, e))
     }
@@ -227,9 +234,38 @@ impl BlockDevice {
         Ok((status, run))
     }
 
-    /// Flushes and closes. Without it, tables still in memory are lost as in a crash (flushed data is not).
+    /// Flushes and closes. Without it, tables still in memory are lost as in a crash (flushed data is not), and
+    /// the next one to open the image for writing has to walk its tables first.
     pub async fn close(self) -> Result<()> {
-        self.flush().await
+        self.flush().await?;
+        let mut marked = self.marked.lock().await;
+        if std::mem::take(&mut *marked) {
+            self.write_mark(0).await?;
+        }
+        Ok(())
+    }
+
+    /// Marks a qcow2 image dirty, durably, before its first change: imago writes refcounts and tables in the right
+    /// order but without barriers between, so after a power cut the refcounts may be behind. Version 2 has no mark.
+    async fn mark_in_use(&self) -> Result<()> {
+        if self.version < 3 {
+            return Ok(());
+        }
+        let mut marked = self.marked.lock().await;
+        if !*marked {
+            self.write_mark(INCOMPATIBLE_DIRTY).await?;
+            *marked = true;
+        }
+        Ok(())
+    }
+
+    async fn write_mark(&self, incompatible: u64) -> Result<()> {
+        let io_error = |e| BlockError::io("mark the state of", &self.path, e);
+        let files = self.access.inner().collect_storage_dependencies();
+        // The image's own file comes after those of its backing files; external data files are refused.
+        let file = files.last().expect("an image has a file");
+        file.write(&incompatible.to_be_bytes()[..], HEADER_INCOMPATIBLE).await.map_err(io_error)?;
+        file.sync().await.map_err(io_error)
     }
 
     fn writable(&self) -> Result<()> {
@@ -291,6 +327,7 @@ impl BlockDevice {
         if range.is_empty() {
             return Ok(());
         }
+        self.mark_in_use().await?;
         // The whole clusters at both ends: zeroing a part of one may remap all of it.
         let start = range.start - range.start % self.granularity;
         let _pass = self.gate.enter(start..range.end.next_multiple_of(self.granularity), Access::Alone).await;

@@ -30,7 +30,8 @@ const MAX_OFFSET: u64 = 1 << 56;
 /// Header extension with the format of the backing file.
 const EXTENSION_BACKING_FORMAT: u32 = 0xe279_2aca;
 
-const INCOMPATIBLE_DIRTY: u64 = 1 << 0;
+/// Incompatible feature: refcounts may be stale.
+pub(crate) const INCOMPATIBLE_DIRTY: u64 = 1 << 0;
 const INCOMPATIBLE_CORRUPT: u64 = 1 << 1;
 const INCOMPATIBLE_EXTERNAL_DATA: u64 = 1 << 2;
 const INCOMPATIBLE_COMPRESSION: u64 = 1 << 3;

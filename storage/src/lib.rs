@@ -6,11 +6,13 @@
 //! Map of the crate:
 //! - [`ring`]: one `io_uring` and one single-threaded executor per disk thread
 //! - [`device`]: [`BlockDevice`], the one way guest data is read or written ([`file`] is its bottom half)
-//! - [`header`], [`image`]: what an image file claims, making one like it
+//! - [`header`], [`image`], [`check`], [`repair`]: what an image file claims, making one like it, walking its tables,
+//!   putting its refcounts right
 //! - [`lock`], [`stamp`]: who may open an image now, and at which generation
 //! - [`datastore`], [`journal_file`]: directories of images, and the synced log they are handed over with
 
 pub mod buffer;
+pub mod check;
 pub mod datastore;
 pub mod device;
 mod durable;
@@ -22,11 +24,13 @@ pub mod image;
 pub mod journal_file;
 pub mod lock;
 mod open;
+pub mod repair;
 pub mod ring;
 pub mod stamp;
 mod thread_bound;
 
 pub use buffer::AlignedBuf;
+pub use check::{CheckReport, check};
 pub use datastore::Datastore;
 pub use device::{BlockDevice, BlockStatus, LayerStatus};
 pub use error::{BlockError, Result};
@@ -35,5 +39,6 @@ pub use imago::io_buffers::{IoVector, IoVectorMut};
 pub use journal_file::JournalFile;
 pub use lock::{ImageLock, LockMode};
 pub use open::{BackingPolicy, OpenOptions, Owner};
+pub use repair::repair;
 pub use ring::Ring;
 pub use stamp::{OwnerState, Stamp};

@@ -9,6 +9,7 @@ use crate::error::{BlockError, Result};
 use crate::header::{BackingName, Header};
 use crate::image::ImageFormat;
 use crate::lock::{ImageLock, LockMode};
+use crate::repair::repair_locked;
 use crate::stamp::Stamp;
 
 /// Longest chain of backing files.
@@ -63,11 +64,7 @@ pub(crate) fn open_chain(path: &Path, options: &OpenOptions) -> Result<Vec<Layer
         .ok_or_else(|| BlockError::UnknownFormat { path: path.to_path_buf() })?;
     let mode = if options.read_only { LockMode::Read } else { LockMode::Write };
     let mut seen = HashSet::new();
-    let mut chain = vec![open_layer(path, format, mode, &mut seen)?];
-    if let Some(owner) = &options.owner {
-        // After the lock: nobody changes the stamp of an image they do not hold.
-        Stamp::permits(path, &owner.vm, owner.generation)?;
-    }
+    let mut chain = vec![open_layer(path, format, mode, options.owner.as_ref(), &mut seen)?];
     while let Some(backing) =
         chain.last().and_then(|layer| layer.header.as_ref()).and_then(|header| header.backing.clone())
     {
@@ -76,7 +73,7 @@ pub(crate) fn open_chain(path: &Path, options: &OpenOptions) -> Result<Vec<Layer
             return Err(refuse(above, &backing, format!("the chain is longer than {MAX_CHAIN} images")));
         }
         let (path, format) = resolve(above, &backing, &options.backing)?;
-        let layer = open_layer(&path, format, LockMode::Read, &mut seen).map_err(|e| match e {
+        let layer = open_layer(&path, format, LockMode::Read, None, &mut seen).map_err(|e| match e {
             BlockError::Backing { reason, .. } => refuse(above, &backing, reason),
             other => other,
         })?;
@@ -89,6 +86,7 @@ fn open_layer(
     path: &Path,
     format: ImageFormat,
     mode: LockMode,
+    owner: Option<&Owner>,
     seen: &mut HashSet<(u64, u64)>,
 ) -> Result<Layer> {
     let metadata = fs::metadata(path).map_err(|e| BlockError::io("open", path, e))?;
@@ -97,10 +95,21 @@ fn open_layer(
         return Err(BlockError::Backing { path: path.to_path_buf(), backing: String::new(), reason });
     }
     let lock = ImageLock::take(path, mode)?;
+    if let Some(owner) = owner {
+        // After the lock, as nobody changes the stamp of an image they do not hold, and before any repair.
+        Stamp::permits(path, &owner.vm, owner.generation)?;
+    }
     let header = match format {
         ImageFormat::Raw => None,
         ImageFormat::Qcow2 => {
-            let header = Header::read(path)?;
+            let mut header = Header::read(path)?;
+            if header.dirty && !header.corrupt && mode == LockMode::Write {
+                // The last writer did not close it. Data that was flushed is there; the refcounts are made right
+                // before anything is allocated by them.
+                let report = repair_locked(path)?;
+                tracing::info!(image = %path.display(), ?report, "image was not closed cleanly");
+                header = Header::read(path)?;
+            }
             header
                 .must_be_clean()
                 .map_err(|reason| BlockError::Header { path: path.to_path_buf(), reason })?;
@@ -168,6 +177,22 @@ mod tests {
         let escaping = dir.path().join("escaping.qcow2");
         overlay(&escaping, "../../../../../../etc/passwd", ImageFormat::Raw);
         assert!(open_chain(&escaping, &within(dir.path())).is_err());
+    }
+
+    #[test]
+    fn the_stamp_decides_who_opens() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("disk.qcow2");
+        create(&path, &ImageSpec::new(ImageFormat::Qcow2, 1 << 20)).unwrap();
+        let stamp = Stamp { vm: "web".to_owned(), generation: 4, state: crate::stamp::OwnerState::Owned };
+        stamp.write(&path).unwrap();
+        let open_as = |vm: &str, generation| {
+            let owner = Some(Owner { vm: vm.to_owned(), generation });
+            open_chain(&path, &OpenOptions { owner, ..OpenOptions::default() })
+        };
+        assert!(open_as("web", 4).is_ok());
+        assert!(matches!(open_as("web", 3), Err(BlockError::NotOwner { .. })));
+        assert!(matches!(open_as("db", 4), Err(BlockError::NotOwner { .. })));
     }
 
     #[test]

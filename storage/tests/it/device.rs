@@ -288,8 +288,8 @@ fn discards_racing_with_allocating_writes_lose_nothing() {
     const CLUSTER: u64 = 65536;
     create(&path, &ImageSpec::new(ImageFormat::Qcow2, 256 * CLUSTER)).unwrap();
     on_ring(async |ring| {
-        let device = open(&ring, &path).await;
-        let device = &device;
+        let owned = open(&ring, &path).await;
+        let device = &owned;
         let churn = |index: u64| async move {
             let mut data = AlignedBuf::zeroed(CLUSTER as usize);
             for round in 0..40 {
@@ -312,6 +312,7 @@ fn discards_racing_with_allocating_writes_lose_nothing() {
             device.read(index * CLUSTER, data.io_vec_mut()).await.unwrap();
             assert!(data.iter().all(|&read| read == index as u8 | 1));
         }
+        owned.close().await.unwrap();
     });
     assert_consistent(&path);
 }
