@@ -1,0 +1,178 @@
+//! The command line: what can be said, and how the default action is found.
+//!
+//! Lives here: the clap structures. Never enters: what commands do.
+
+use std::ffi::OsString;
+
+use clap::{CommandFactory, Parser, Subcommand};
+
+use super::console::ConsoleArgs;
+use super::create::CreateArgs;
+use super::hosts::{DatastoreCommand, HostCommand};
+use super::image::ImageCommand;
+use super::move_vm::{MoveArgs, MoveIdArgs};
+use super::vms::{ListArgs, ShowArgs, VmArgs};
+use crate::bench::BenchArgs;
+use crate::demo::DemoArgs;
+
+const USAGE: &str = "vmove <VM> [--host HOST] [--datastore DATASTORE] [--disk NAME=DATASTORE]... [OPTIONS]
+       vmove <COMMAND>";
+
+const AFTER: &str = "Moving is the default: 'vmove web1 --host b' moves the VM web1 to host b ('vmove move --help' lists the options).
+
+Exit codes: 0 done; 1 refused or failed, the VM still runs where it was; 2 usage; 3 ownership undecided; 130 cancelled.";
+
+/// vmove: move running KVM virtual machines between hosts and datastores
+#[derive(Debug, Parser)]
+#[command(name = "vmove", version, override_usage = USAGE, after_help = AFTER, disable_help_subcommand = true)]
+#[command(arg_required_else_help = true)]
+pub struct Cli {
+    /// The agent's unix socket (or the directory it is in) [default: $VMOVE_STATE/agent.sock, /run/vmove/agent.sock,
+    /// /var/lib/vmove/agent.sock]
+    #[arg(long, global = true, value_name = "SOCKET", env = "VMOVE_AGENT", hide_env_values = true)]
+    pub agent: Option<String>,
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// The commands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Move a VM (the default when the first word is no command)
+    #[command(
+        override_usage = "vmove <VM> [--host HOST] [--datastore DATASTORE] [--disk NAME=DATASTORE]... [OPTIONS]"
+    )]
+    Move(MoveArgs),
+    /// Make a VM
+    Create(CreateArgs),
+    /// Start a VM
+    Start(VmArgs),
+    /// Stop a VM: its disks are flushed, the guest is not asked
+    Stop(VmArgs),
+    /// Remove a stopped VM and its disks
+    Rm(VmArgs),
+    /// List VMs
+    Ls(ListArgs),
+    /// Show a VM
+    Show(ShowArgs),
+    /// Connect to a VM's serial console
+    Console(ConsoleArgs),
+    /// How far a move is, or how it ended
+    Status(MoveIdArgs),
+    /// Give up a move
+    Cancel(MoveIdArgs),
+    /// Hosts
+    #[command(subcommand)]
+    Host(HostCommand),
+    /// Datastores
+    #[command(subcommand)]
+    Datastore(DatastoreCommand),
+    /// Look at disk images
+    #[command(subcommand)]
+    Image(ImageCommand),
+    /// Two hosts, two datastores, one VM on this machine: watch it move
+    Demo(DemoArgs),
+    /// Measure moves against the limits of this machine
+    Bench(BenchArgs),
+}
+
+/// Parses the program's words. A first word that is no command is the name of a VM to move.
+pub fn parse(words: impl IntoIterator<Item = OsString>) -> Result<Cli, clap::Error> {
+    Cli::try_parse_from(with_default_command(words.into_iter().collect()))
+}
+
+/// The name is a command of the program, so a VM of this name could not be moved with `vmove <VM>`.
+pub fn is_reserved(name: &str) -> bool {
+    Cli::command().get_subcommands().any(|command| command.get_name() == name)
+}
+
+/// Inserts `move` where neither a command nor a request for help comes first.
+fn with_default_command(mut words: Vec<OsString>) -> Vec<OsString> {
+    let mut at = 1;
+    while let Some(word) = words.get(at).and_then(|word| word.to_str()) {
+        match word {
+            "--agent" => at += 2,
+            _ if word.starts_with("--agent=") => at += 1,
+            "-h" | "--help" | "-V" | "--version" => return words,
+            _ if is_reserved(word) => return words,
+            _ => break,
+        }
+    }
+    if at < words.len() {
+        words.insert(at, OsString::from("move"));
+    }
+    words
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn words(text: &str) -> Vec<OsString> {
+        text.split(' ').map(OsString::from).collect()
+    }
+
+    #[test]
+    fn the_command_line_is_well_formed() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn a_first_word_that_is_no_command_is_a_vm() -> Result<(), clap::Error> {
+        for text in [
+            "vmove web1 --host b",
+            "vmove --host b web1",
+            "vmove --agent /x web1 --host b",
+            "vmove --agent=/x web1 --host=b",
+            "vmove web1 --host b --agent /x",
+            "vmove move web1 --host b",
+        ] {
+            let Command::Move(args) = parse(words(text))?.command else {
+                panic!("{text} is a move");
+            };
+            assert_eq!((args.vm.as_str(), args.host.as_deref()), ("web1", Some("b")), "{text}");
+        }
+        assert!(matches!(parse(words("vmove --agent /x ls --json"))?.command, Command::Ls(_)));
+        assert!(matches!(parse(words("vmove host ls"))?.command, Command::Host(_)));
+        Ok(())
+    }
+
+    #[test]
+    fn the_whole_contract_of_a_move_parses() -> Result<(), clap::Error> {
+        let text = "vmove web1 --host b --datastore fast --disk vda=slow --disk vdb=fast --dry-run --json \
+                    --max-downtime 50ms --bandwidth 1GiB/s --keep-source --audit --insecure-plain";
+        let Command::Move(args) = parse(words(&text.replace("                    ", "")))?.command else {
+            panic!("is a move");
+        };
+        assert_eq!(args.disk.len(), 2);
+        assert_eq!(args.max_downtime.as_millis(), 50);
+        assert_eq!(args.bandwidth, Some(1 << 30));
+        assert!(
+            args.dry_run
+                && args.json
+                && args.keep_source
+                && args.audit
+                && args.insecure_plain
+                && !args.detach
+        );
+        Ok(())
+    }
+
+    #[test]
+    fn command_names_are_reserved() {
+        for name in ["ls", "move", "demo", "create"] {
+            assert!(is_reserved(name), "{name}");
+        }
+        assert!(!is_reserved("web1"));
+    }
+
+    #[test]
+    fn usage_errors_have_code_2_and_help_has_0() {
+        let code = |text: &str| parse(words(text)).err().map(|e| e.exit_code());
+        assert_eq!(code("vmove web1 --bandwidth fast"), Some(2));
+        assert_eq!(code("vmove create"), Some(2));
+        assert_eq!(code("vmove --help"), Some(0));
+        assert_eq!(code("vmove --version"), Some(0));
+    }
+}

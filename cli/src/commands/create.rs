@@ -1,0 +1,237 @@
+//! `vmove create`: a VM from words on the command line or from a TOML file.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use super::{CommandError, is_reserved};
+use crate::api::types::{CreateVm, DiskDefinition, DiskFormat, VmDefinition};
+use crate::client::Client;
+use crate::render::{self, units};
+
+/// Largest definition file that is read, bytes.
+const MAX_DEFINITION: u64 = 1 << 20;
+
+/// Arguments of `vmove create`.
+#[derive(Debug, Clone, clap::Args)]
+pub struct CreateArgs {
+    /// Name of the VM: letters, digits, '.', '_', '-'
+    #[arg(required_unless_present = "file")]
+    pub name: Option<String>,
+    /// Definition in TOML (name, vcpus, memory_mib, cmdline, disks) instead of the options
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["name", "cmdline", "vcpus", "memory", "disk"])]
+    pub file: Option<PathBuf>,
+    /// Kernel to boot: an ELF with a PVH note, or a bzImage
+    #[arg(long, value_name = "FILE")]
+    pub kernel: PathBuf,
+    /// Initial RAM disk
+    #[arg(long, value_name = "FILE")]
+    pub initrd: Option<PathBuf>,
+    /// Kernel command line
+    #[arg(long, default_value = "", allow_hyphen_values = true)]
+    pub cmdline: String,
+    /// Number of vCPUs
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=64))]
+    pub vcpus: u8,
+    /// RAM, as in 512MiB
+    #[arg(long, value_name = "SIZE", default_value = "512MiB", value_parser = memory_mib)]
+    pub memory: u64,
+    /// A disk: name=vda,size=2GiB[,datastore=fast][,format=qcow2|raw][,from=IMAGE][,readonly] (repeat for more)
+    #[arg(long, value_name = "SPEC", value_parser = disk)]
+    pub disk: Vec<DiskSpec>,
+    /// Print the new VM as JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// One `--disk` word.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DiskSpec {
+    /// The disk.
+    pub disk: DiskDefinition,
+    /// Image it begins as a copy of.
+    pub from: Option<PathBuf>,
+}
+
+fn memory_mib(text: &str) -> Result<u64, String> {
+    let bytes = units::parse_size(text).map_err(|error| error.to_string())?;
+    if bytes == 0 || !bytes.is_multiple_of(1 << 20) {
+        return Err("RAM must be a whole number of MiB, as in 512MiB".to_owned());
+    }
+    Ok(bytes >> 20)
+}
+
+fn disk(text: &str) -> Result<DiskSpec, String> {
+    let mut name = None;
+    let mut size_bytes = None;
+    let mut datastore = None;
+    let mut format = None;
+    let mut from = None;
+    let mut read_only = None;
+    for word in text.split(',') {
+        let (key, value) = word.split_once('=').unwrap_or((word, ""));
+        let taken = match key {
+            "name" => name.replace(value.to_owned()).is_some(),
+            "size" => {
+                size_bytes.replace(units::parse_size(value).map_err(|e| format!("size: {e}"))?).is_some()
+            }
+            "datastore" => datastore.replace(value.to_owned()).is_some(),
+            "format" => format.replace(image_format(value)?).is_some(),
+            "from" => from.replace(PathBuf::from(value)).is_some(),
+            "readonly" if value.is_empty() => read_only.replace(true).is_some(),
+            _ => {
+                return Err(format!(
+                    "unknown word '{word}' (known: name, size, datastore, format, from, readonly)"
+                ));
+            }
+        };
+        if taken {
+            return Err(format!("'{key}' is given twice"));
+        }
+    }
+    let name = name.filter(|name| !name.is_empty()).ok_or("name= is missing")?;
+    let size_bytes = match (size_bytes, &from) {
+        (Some(0), _) => return Err("size must not be 0".to_owned()),
+        (Some(size), _) => size,
+        // The agent takes the image's own size.
+        (None, Some(_)) => 0,
+        (None, None) => return Err("size= is missing (or from=IMAGE)".to_owned()),
+    };
+    let disk = DiskDefinition {
+        name,
+        format: format.unwrap_or(DiskFormat::Qcow2),
+        size_bytes,
+        datastore: datastore.unwrap_or_default(),
+        read_only: read_only.unwrap_or(false),
+    };
+    Ok(DiskSpec { disk, from })
+}
+
+fn image_format(text: &str) -> Result<DiskFormat, String> {
+    match text {
+        "qcow2" => Ok(DiskFormat::Qcow2),
+        "raw" => Ok(DiskFormat::Raw),
+        _ => Err(format!("unknown format '{text}' (known: qcow2, raw)")),
+    }
+}
+
+impl CreateArgs {
+    fn request(&self) -> Result<CreateVm, CommandError> {
+        let mut images = BTreeMap::new();
+        let definition = match (&self.file, &self.name) {
+            (Some(file), _) => read_definition(file)?,
+            (None, Some(name)) => {
+                for spec in &self.disk {
+                    if let Some(from) = &spec.from {
+                        images.insert(spec.disk.name.clone(), absolute(from)?);
+                    }
+                }
+                VmDefinition {
+                    name: name.clone(),
+                    vcpus: self.vcpus,
+                    memory_mib: self.memory,
+                    cmdline: self.cmdline.clone(),
+                    cpu_features: Vec::new(),
+                    disks: self.disk.iter().map(|spec| spec.disk.clone()).collect(),
+                }
+            }
+            (None, None) => return Err(CommandError::Usage("a name or --file is needed".to_owned())),
+        };
+        if is_reserved(&definition.name) {
+            return Err(CommandError::Usage(format!(
+                "'{}' is a command of vmove: 'vmove {} ...' would not reach a VM of this name; choose another",
+                definition.name, definition.name
+            )));
+        }
+        Ok(CreateVm {
+            definition,
+            kernel: absolute(&self.kernel)?,
+            initrd: self.initrd.as_deref().map(absolute).transpose()?,
+            images,
+        })
+    }
+
+    /// Creates the VM and prints its name.
+    pub async fn run(&self, client: &Client) -> Result<(), CommandError> {
+        let vm = client.create(&self.request()?).await?;
+        if self.json {
+            render::print_json(&vm)?;
+        } else {
+            render::print(&format!(
+                "{} created on {}; start it with 'vmove start {}'\n",
+                vm.name, vm.host, vm.name
+            ))?;
+        }
+        Ok(())
+    }
+}
+
+/// The agent reads the file itself and has another working directory.
+fn absolute(path: &Path) -> Result<PathBuf, CommandError> {
+    std::fs::canonicalize(path).map_err(|error| CommandError::failed(format!("{}: {error}", path.display())))
+}
+
+fn read_definition(path: &Path) -> Result<VmDefinition, CommandError> {
+    let fail = |reason: &dyn std::fmt::Display| CommandError::failed(format!("{}: {reason}", path.display()));
+    let length = std::fs::metadata(path).map_err(|error| fail(&error))?.len();
+    if length > MAX_DEFINITION {
+        return Err(fail(&"too large for a VM definition"));
+    }
+    let text = std::fs::read_to_string(path).map_err(|error| fail(&error))?;
+    toml::from_str(&text).map_err(|error| fail(&error))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn disk_words_are_understood() {
+        let spec = disk("name=vda,size=2GiB,datastore=fast,format=raw,readonly");
+        assert_eq!(
+            spec,
+            Ok(DiskSpec {
+                disk: DiskDefinition {
+                    name: "vda".into(),
+                    format: DiskFormat::Raw,
+                    size_bytes: 2 << 30,
+                    datastore: "fast".into(),
+                    read_only: true,
+                },
+                from: None,
+            })
+        );
+        let from = disk("name=vda,from=/images/x.qcow2");
+        assert!(
+            from.is_ok_and(|s| s.disk.size_bytes == 0 && s.from == Some(PathBuf::from("/images/x.qcow2")))
+        );
+    }
+
+    #[test]
+    fn wrong_disk_words_are_named() {
+        for (text, part) in [
+            ("size=1G", "name="),
+            ("name=a", "size="),
+            ("name=a,size=0", "must not be 0"),
+            ("name=a,size=1G,size=2G", "twice"),
+            ("name=a,size=1G,colour=red", "colour=red"),
+            ("name=a,size=1G,format=vmdk", "vmdk"),
+            ("name=a,size=huge", "size:"),
+        ] {
+            assert!(disk(text).is_err_and(|e| e.contains(part)), "{text}");
+        }
+        assert!(memory_mib("1.5k").is_err() && memory_mib("0").is_err());
+        assert_eq!(memory_mib("2GiB"), Ok(2048));
+    }
+
+    #[test]
+    fn a_definition_file_with_a_mistake_names_line_and_file() -> anyhow::Result<()> {
+        let dir = tempfile::tempdir()?;
+        let path = dir.path().join("vm.toml");
+        std::fs::write(&path, "name = \"a\"\nmemory_mib = 64\ncolour = 1\n")?;
+        let error = read_definition(&path).err().map(|e| e.to_string()).unwrap_or_default();
+        assert!(error.contains("vm.toml") && error.contains("line 3"), "{error}");
+        std::fs::write(&path, "name = \"a\"\nmemory_mib = 64\n")?;
+        assert!(read_definition(&path).is_ok_and(|vm| vm.vcpus == 1));
+        Ok(())
+    }
+}

@@ -1,0 +1,91 @@
+//! A move's plan and its report in words.
+//!
+//! Lives here: text from `MovePlan` and `MoveReport`. Never enters: how they were got.
+
+use std::fmt::Write as _;
+
+use super::units;
+use crate::api::types::{DiskAction, MemoryAction, MovePlan, MoveReport, Place};
+
+/// `host` or `host/datastore`.
+pub fn place(place: &Place) -> String {
+    if place.datastore.is_empty() {
+        place.host.clone()
+    } else {
+        format!("{}/{}", place.host, place.datastore)
+    }
+}
+
+/// What a dry run prints.
+pub fn plan(plan: &MovePlan) -> String {
+    let mut text = format!("{}: {} -> {}\n", plan.vm, place(&plan.from), place(&plan.to));
+    let memory = match plan.memory {
+        MemoryAction::Move => "moves to the other host",
+        MemoryAction::Stay => "stays",
+    };
+    // Writing to a String cannot fail, here and below.
+    let _ = writeln!(text, "  memory {memory}");
+    for disk in &plan.disks {
+        let _ = match disk.action {
+            DiskAction::Copy => writeln!(
+                text,
+                "  disk {}: {} copied, {} -> {}",
+                disk.name,
+                units::size(disk.bytes),
+                place(&disk.from),
+                place(&disk.to)
+            ),
+            DiskAction::Stay => writeln!(text, "  disk {} stays in {}", disk.name, place(&disk.from)),
+        };
+    }
+    if plan.blockers.is_empty() {
+        text.push_str("nothing stands in the way\n");
+    }
+    text
+}
+
+/// What is printed after a completed move.
+pub fn report(report: &MoveReport) -> String {
+    let mut text = format!(
+        "{}: {} -> {}, {} in {}, paused for {}\n",
+        report.vm,
+        place(&report.from),
+        place(&report.to),
+        report.outcome,
+        units::millis(report.total_ms),
+        units::millis(report.downtime_ms),
+    );
+    let parts = &report.downtime;
+    let _ = writeln!(
+        text,
+        "  pause: drain {:.1}, last pages {:.1}, state {:.1}, commit {:.1}, resume {:.1} ms",
+        parts.drain_ms, parts.final_pages_ms, parts.state_ms, parts.commit_ms, parts.resume_ms
+    );
+    let memory = &report.memory;
+    if memory.rounds > 0 {
+        let _ = writeln!(
+            text,
+            "  memory: {} of {} sent in {} rounds, {} zero pages, {} never touched",
+            units::size(memory.sent_bytes),
+            units::size(memory.ram_bytes),
+            memory.rounds,
+            memory.zero_pages,
+            units::size(memory.skipped_bytes)
+        );
+    }
+    for disk in &report.disks {
+        let _ = writeln!(
+            text,
+            "  disk {}: {} copied, {} mirrored, image takes {} of {}",
+            disk.name,
+            units::size(disk.copied_bytes),
+            units::size(disk.mirrored_bytes),
+            units::size(disk.allocated_bytes),
+            units::size(disk.virtual_bytes)
+        );
+    }
+    if report.verified {
+        text.push_str("  verified: both sides agreed before the commit\n");
+    }
+    text
+}
