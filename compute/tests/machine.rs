@@ -6,7 +6,7 @@ use std::io::Write;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use support::{Console, elf, kvm_usable, print_and_power_off};
+use support::{Console, LOAD, bzimage, copy_of, elf, kvm_usable, print_and_power_off};
 use tempfile::NamedTempFile;
 use vm_memory::{Bytes, GuestAddress};
 use vmove_compute::kvm::{ExitReason, host_features, missing_features};
@@ -52,16 +52,22 @@ fn counts_on(machine: &Machine, from: u32) {
 }
 
 #[test]
-fn a_kernel_prints_and_powers_off_from_both_entries() {
+fn a_kernel_prints_and_powers_off_from_every_entry() {
     if !kvm_usable("boot") {
         return;
     }
-    for pvh in [true, false] {
-        let kernel = file(&elf(&print_and_power_off(b"hello\n"), pvh));
+    let code = print_and_power_off(LOAD, b"hello\n");
+    let images = [
+        ("PVH", elf(&code, true)),
+        ("ELF", elf(&code, false)),
+        ("bzImage", bzimage(&print_and_power_off(LOAD + 0x200, b"hello\n"))),
+    ];
+    for (format, image) in images {
+        let kernel = file(&image);
         let console = Console::new();
         let machine = Machine::boot(config(kernel.path(), 2), console.sink()).unwrap();
         machine.resume().unwrap();
-        assert_eq!(machine.wait_exit(), ExitReason::Shutdown, "pvh={pvh}");
+        assert_eq!(machine.wait_exit(), ExitReason::Shutdown, "{format}");
         assert_eq!(console.text(), "hello\n");
         machine.pause().unwrap();
         assert!(matches!(machine.resume(), Err(Error::NotNow { .. })));
@@ -125,12 +131,6 @@ fn the_state_of_a_running_machine_cannot_be_saved() {
     assert!(matches!(machine.save_state(), Err(Error::NotNow { .. })));
     machine.pause_devices().unwrap();
     machine.save_state().unwrap();
-}
-
-fn copy_of(ram: &GuestRam) -> GuestRam {
-    let copy = GuestRam::new(ram.layout().bytes()).unwrap();
-    copy.slice_of(0, ram.pages()).unwrap().copy_from(ram.bytes_of(0, ram.pages()).unwrap());
-    copy
 }
 
 #[test]
@@ -240,6 +240,30 @@ fn bad_states_are_refused() {
 }
 
 #[test]
+fn an_initial_ram_disk_lies_where_the_kernel_is_told() {
+    if !kvm_usable("initial RAM disk") {
+        return;
+    }
+    let initrd = file(b"the initial RAM disk");
+    for (image, address_at, size_at) in
+        [(elf(&COUNTER, true), 0x6100, 0x6108), (bzimage(&COUNTER), 0x7218, 0x721c)]
+    {
+        let kernel = file(&image);
+        let config = MachineConfig { initrd: Some(initrd.path().to_owned()), ..config(kernel.path(), 1) };
+        let machine = Machine::boot(config, Console::new().sink()).unwrap();
+        let read = |at| machine.ram().memory().read_obj::<u32>(GuestAddress(at)).unwrap();
+        let mut bytes = vec![0; read(size_at) as usize];
+        machine.ram().memory().read_slice(&mut bytes, GuestAddress(u64::from(read(address_at)))).unwrap();
+        assert_eq!(bytes, b"the initial RAM disk");
+    }
+    let huge = file(&vec![1; RAM as usize]);
+    let kernel = file(&elf(&COUNTER, true));
+    let config = MachineConfig { initrd: Some(huge.path().to_owned()), ..config(kernel.path(), 1) };
+    let error = Machine::boot(config, Console::new().sink()).map(|_| ()).unwrap_err().to_string();
+    assert!(error.contains(&huge.path().display().to_string()), "{error}");
+}
+
+#[test]
 fn bad_kernels_are_named() {
     if !kvm_usable("bad kernels") {
         return;
@@ -258,6 +282,9 @@ fn bad_kernels_are_named() {
     let mut large = elf(&COUNTER, true);
     large[64 + 40..64 + 48].copy_from_slice(&(RAM).to_le_bytes()); // memory size of the first segment
     assert!(boot(file(&large).path()).contains("needs RAM"));
+    let mut old = bzimage(&COUNTER);
+    old[0x236] = 0;
+    assert!(boot(file(&old).path()).contains("64-bit entry"));
     let mut low = elf(&COUNTER, true);
     low[24..32].copy_from_slice(&0x1000_u64.to_le_bytes()); // entry below 1 MiB
     boot(file(&low).path());

@@ -6,6 +6,7 @@ mod cpuid;
 mod emulation;
 mod features;
 mod hypervisor;
+mod new_vcpus;
 mod state;
 mod vcpu;
 mod vcpu_state;
@@ -18,8 +19,8 @@ use vmove_devices::state::StateError;
 
 pub use features::{host_features, missing_features};
 pub use hypervisor::Hypervisor;
+pub(crate) use new_vcpus::NewVcpus;
 pub use state::VmState;
-pub(crate) use state::{restore_vcpus, start_vcpus};
 pub use vcpu::{RunState, Vcpu};
 pub use vcpu_state::VcpuState;
 pub use vm::{IoEvents, Msi, Vm};

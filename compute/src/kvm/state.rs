@@ -1,19 +1,17 @@
-//! The state of a VM outside its vCPUs (interrupt controllers, timer, clock), and making vCPUs from nothing or from a
-//! saved state, in the one order that works.
+//! The state of a VM outside its vCPUs: interrupt controllers, timer, clock.
 //!
-//! What never enters: device models.
+//! What never enters: vCPUs, device models.
 
-use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use kvm_bindings::{
     KVM_CLOCK_REALTIME, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, kvm_clock_data,
-    kvm_irqchip, kvm_mp_state, kvm_pit_state2, kvm_regs, kvm_sregs,
+    kvm_irqchip, kvm_pit_state2,
 };
 use serde::{Deserialize, Serialize};
 use vmove_devices::state::{Section, Sections};
 
-use super::{Bus, Error, ExitListener, Hypervisor, Vcpu, VcpuState, Vm, cpuid};
+use super::{Error, Vm};
 
 const SECTION: &str = "kvm/vm";
 const VERSION: u16 = 1;
@@ -87,8 +85,8 @@ impl VmState {
         Duration::from_nanos(realtime_ns().saturating_sub(self.realtime_ns))
     }
 
-    /// Puts the state into a new VM without vCPUs. kvmclock goes forward by `elapsed`.
-    fn load(&self, vm: &Vm, elapsed: Duration) -> Result<(), Error> {
+    /// Puts the state into a new VM, before its vCPUs get theirs. kvmclock goes forward by `elapsed`.
+    pub(super) fn load(&self, vm: &Vm, elapsed: Duration) -> Result<(), Error> {
         // The elapsed time is added here and not by KVM (KVM_CLOCK_REALTIME): so it is one and the same for kvmclock
         // and for every TSC, and kernels before 5.16 need no other way.
         let clock = kvm_clock_data {
@@ -103,83 +101,6 @@ impl VmState {
         }
         vm.fd().set_pit2(&self.pit).map_err(Error::call("set the timer"))
     }
-}
-
-/// Makes the paused vCPUs of a VM that starts from nothing; the first gets `start`, the others wait to be started.
-///
-/// # Errors
-/// [`Error::Call`] naming what KVM refused.
-pub(crate) fn start_vcpus(
-    hypervisor: &Hypervisor,
-    vm: &Arc<Vm>,
-    vcpus: u8,
-    start: impl FnOnce(&mut kvm_regs, &mut kvm_sregs),
-    bus: &Arc<dyn Bus>,
-    listener: &Arc<dyn ExitListener>,
-) -> Result<Vec<Vcpu>, Error> {
-    let mut start = Some(start);
-    make_vcpus(hypervisor, vm, vcpus, bus, listener, |id, fd| {
-        let failed = |what: &str| Error::call(format!("set {what} of vCPU {id}"));
-        fd.set_cpuid2(&cpuid::for_vcpu(hypervisor.supported_cpuid(), id, vcpus)?).map_err(failed("CPUID"))?;
-        match start.take() {
-            Some(start) => {
-                let mut regs = fd.get_regs().map_err(failed("the registers"))?;
-                let mut sregs = fd.get_sregs().map_err(failed("the control registers"))?;
-                start(&mut regs, &mut sregs);
-                fd.set_sregs(&sregs).map_err(failed("the control registers"))?;
-                fd.set_regs(&regs).map_err(failed("the registers"))
-            }
-            // KVM makes every vCPU but the first uninitialized; said again, since it is what everything hangs on.
-            None => fd
-                .set_mp_state(kvm_mp_state { mp_state: kvm_bindings::KVM_MP_STATE_UNINITIALIZED })
-                .map_err(failed("the run state")),
-        }
-    })
-}
-
-/// Makes the paused vCPUs of a VM from its saved state, and loads the state of the VM before them.
-///
-/// # Errors
-/// As [`VcpuState::decode`] and [`VmState::decode`], [`Error::Features`], [`Error::Call`] naming what KVM refused.
-pub(crate) fn restore_vcpus(
-    hypervisor: &Hypervisor,
-    vm: &Arc<Vm>,
-    vcpus: u8,
-    sections: &mut Sections,
-    bus: &Arc<dyn Bus>,
-    listener: &Arc<dyn ExitListener>,
-) -> Result<Vec<Vcpu>, Error> {
-    let state = VmState::decode(sections)?;
-    let states = (0..vcpus).map(|id| VcpuState::decode(id, sections)).collect::<Result<Vec<_>, _>>()?;
-    let elapsed = state.elapsed();
-    state.load(vm, elapsed)?;
-    make_vcpus(hypervisor, vm, vcpus, bus, listener, |id, fd| {
-        states[usize::from(id)].load(fd, vm, hypervisor, elapsed.as_nanos() as u64)
-    })
-}
-
-/// Makes all vCPUs before it sets up the first: interrupt messages between them need both ends.
-fn make_vcpus(
-    hypervisor: &Hypervisor,
-    vm: &Arc<Vm>,
-    vcpus: u8,
-    bus: &Arc<dyn Bus>,
-    listener: &Arc<dyn ExitListener>,
-    mut set_up: impl FnMut(u8, &kvm_ioctls::VcpuFd) -> Result<(), Error>,
-) -> Result<Vec<Vcpu>, Error> {
-    let msrs: Arc<[u32]> = hypervisor.msrs().into();
-    let fds = (0..vcpus)
-        .map(|id| vm.fd().create_vcpu(u64::from(id)).map_err(Error::call(format!("create vCPU {id}"))))
-        .collect::<Result<Vec<_>, _>>()?;
-    for (id, fd) in (0..vcpus).zip(&fds) {
-        set_up(id, fd)?;
-    }
-    (0..vcpus)
-        .zip(fds)
-        .map(|(id, fd)| {
-            Vcpu::spawn(id, fd, Arc::clone(vm), Arc::clone(&msrs), Arc::clone(bus), Arc::clone(listener))
-        })
-        .collect()
 }
 
 fn realtime_ns() -> u64 {

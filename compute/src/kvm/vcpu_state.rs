@@ -8,9 +8,11 @@ use kvm_bindings::{
 };
 use kvm_ioctls::VcpuFd;
 use serde::{Deserialize, Serialize};
+use vm_memory::{Bytes, GuestAddress};
 use vmove_devices::state::{Section, Sections};
 
 use super::{Error, Hypervisor, Vm, cpuid, features, xsave};
+use crate::memory::PAGE_SIZE;
 
 const VERSION: u16 = 1;
 /// Most MSRs in a saved state; KVM lists fewer than 300.
@@ -25,6 +27,8 @@ const MSR_TSC_DEADLINE: u32 = 0x6e0;
 /// Setting one makes KVM write the time into guest RAM. The guest's RAM comes with its own bytes and must stay as it
 /// was sent, so they are left out; a guest writes them anew whenever it wants to know the time.
 const MSR_KVM_WALL_CLOCKS: [u32; 2] = [0x11, 0x4b56_4d00];
+/// kvmclock (old and new), stolen time, end of interrupt: bit 0 switches on, the rest is where KVM shares a page.
+const MSR_KVM_SHARED_PAGES: [u32; 4] = [0x12, 0x4b56_4d01, 0x4b56_4d03, 0x4b56_4d04];
 
 /// Everything KVM knows about one vCPU. Plain and public: untrusted until [`VcpuState::load`].
 #[derive(Clone, Serialize, Deserialize)]
@@ -140,7 +144,14 @@ impl VcpuState {
         }
         // Before the MSRs: loading the APIC clears the deadline timer, which is one of them.
         fd.set_lapic(&self.lapic).map_err(failed("the local APIC"))?;
+        let kept = self.keep_shared_pages(vm);
         self.load_msrs(fd, hypervisor.msrs(), elapsed_ns)?;
+        for (gpa, page) in kept {
+            vm.ram()
+                .memory()
+                .write_slice(&page, gpa)
+                .map_err(|_| Error::BadState(format!("vCPU {}: a shared page outside RAM", self.id)))?;
+        }
         fd.set_mp_state(self.mp_state).map_err(failed("the run state"))?;
         fd.set_debug_regs(&self.debugregs).map_err(failed("the debug registers"))?;
         fd.set_vcpu_events(&self.events).map_err(failed("pending events"))
@@ -156,6 +167,21 @@ impl VcpuState {
         {
             tracing::warn!(vcpu = self.id, from = self.tsc_khz, to = here, %error, "the TSC rate changes");
         }
+    }
+
+    /// The pages that KVM may write to as soon as it is told of them, as they are now. RAM must stay as it was sent until
+    /// the guest runs: it is compared with the source's. KVM writes them again before it enters the guest.
+    fn keep_shared_pages(&self, vm: &Vm) -> Vec<(GuestAddress, Vec<u8>)> {
+        self.msrs
+            .iter()
+            .filter(|entry| MSR_KVM_SHARED_PAGES.contains(&entry.index) && entry.data & 1 != 0)
+            .filter_map(|entry| {
+                let gpa = GuestAddress(entry.data / PAGE_SIZE * PAGE_SIZE);
+                let mut page = vec![0; PAGE_SIZE as usize];
+                // Outside RAM there is nothing to keep.
+                vm.ram().memory().read_slice(&mut page, gpa).ok().map(|()| (gpa, page))
+            })
+            .collect()
     }
 
     /// An MSR that this host does not have or does not take is skipped: a guest that needs it uses a CPU feature, and

@@ -6,19 +6,21 @@
 mod bus;
 mod config;
 mod exit;
+mod prepared;
 mod save;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use vmm_sys_util::eventfd::EventFd;
-use vmove_devices::state::{Section, Sections, StateError};
-use vmove_devices::{Block, ConsoleSink, DeviceError, DiskHandle, PciBus, Rng, Serial};
+use vmove_devices::state::{Section, StateError};
+use vmove_devices::{ConsoleSink, DeviceError, DiskHandle};
 
 pub use crate::kvm::ExitReason;
 pub use config::{DiskConfig, DiskSource, MachineConfig};
+pub use prepared::PreparedMachine;
 
 use crate::boot::{self, BootSource};
-use crate::kvm::{self, Bus, ExitListener, Hypervisor, IoEvents, Msi, RunState, Vcpu, Vm};
+use crate::kvm::{self, Hypervisor, RunState, Vcpu, Vm};
 use crate::memory::{self, DirtyLog, GuestRam};
 use bus::MachineBus;
 use exit::Exit;
@@ -100,34 +102,21 @@ impl Machine {
                 vcpus: config.vcpus,
             },
         )?;
-        let parts = Parts::new(&hypervisor, config, ram, console)?;
-        parts.devices.pci.pause_all()?;
-        let vcpus = kvm::start_vcpus(
-            &hypervisor,
-            &parts.vm,
-            parts.vcpus,
-            |regs, sregs| entry.set_registers(regs, sregs),
-            &parts.bus(),
-            &parts.listener(),
-        )?;
-        Ok(parts.into_machine(vcpus))
+        let prepared = PreparedMachine::new(hypervisor, config, ram, console)?;
+        prepared.start(entry)
     }
 
-    /// A machine that goes on from a saved state, in RAM that was filled before. Nothing runs before
-    /// [`resume`](Self::resume). Kernel, initial RAM disk and command line of the configuration are not used. The guest's
-    /// clocks go forward by the time since the state was saved, by the two hosts' clocks.
-    ///
-    /// The sections are untrusted: any nonsense in them is an error here, or at worst the guest's own trouble.
+    /// A machine that waits for a saved state, with everything made that can be made before it: what is left for
+    /// [`PreparedMachine::restore`] is quick, since the guest stands still meanwhile. Kernel, initial RAM disk and
+    /// command line of the configuration are not used. `ram` may be filled before, meanwhile, or afterwards.
     ///
     /// # Errors
-    /// As [`boot`](Self::boot), and what is wrong with the state: sections missing, unknown or left over, another
-    /// configuration, CPU features this host lacks, values that KVM or a device refuses.
-    pub fn restore(
+    /// As [`boot`](Self::boot), but for kernel files.
+    pub fn prepare(
         config: MachineConfig,
         ram: GuestRam,
-        sections: Vec<Section>,
         console: ConsoleSink,
-    ) -> Result<Self, Error> {
+    ) -> Result<PreparedMachine, Error> {
         let hypervisor = Hypervisor::open()?;
         config.check(&hypervisor)?;
         if ram.layout().bytes() != config.memory_bytes {
@@ -137,22 +126,20 @@ impl Machine {
                 config.memory_bytes
             )));
         }
-        let mut sections = Sections::new(sections)?;
-        save::check_machine(&config, &mut sections)?;
-        let parts = Parts::new(&hypervisor, config, ram, console)?;
-        // KVM before the devices: a device may deliver an interrupt as soon as it has its state.
-        let vcpus = kvm::restore_vcpus(
-            &hypervisor,
-            &parts.vm,
-            parts.vcpus,
-            &mut sections,
-            &parts.bus(),
-            &parts.listener(),
-        )?;
-        parts.devices.pci.restore(&mut sections)?;
-        parts.devices.serial.restore(&mut sections)?;
-        sections.finish()?;
-        Ok(parts.into_machine(vcpus))
+        PreparedMachine::new(hypervisor, config, ram, console)
+    }
+
+    /// [`prepare`](Self::prepare) and [`PreparedMachine::restore`] in one.
+    ///
+    /// # Errors
+    /// As theirs.
+    pub fn restore(
+        config: MachineConfig,
+        ram: GuestRam,
+        sections: Vec<Section>,
+        console: ConsoleSink,
+    ) -> Result<Self, Error> {
+        Self::prepare(config, ram, console)?.restore(sections)
     }
 
     /// Pauses vCPUs, then devices: when this returns the guest's state and RAM stand still, and every request the guest
@@ -275,62 +262,5 @@ impl Machine {
 
     fn lock(&self) -> MutexGuard<'_, bool> {
         self.devices_paused.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-/// A machine without vCPUs.
-struct Parts {
-    vcpus: u8,
-    vm: Arc<Vm>,
-    devices: Arc<MachineBus>,
-    disks: Vec<DiskHandle>,
-    exit: Arc<Exit>,
-}
-
-impl Parts {
-    fn new(
-        hypervisor: &Hypervisor,
-        config: MachineConfig,
-        ram: GuestRam,
-        console: ConsoleSink,
-    ) -> Result<Self, Error> {
-        let vm = Vm::new(hypervisor, ram)?;
-        let line = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(Error::Event)?;
-        vm.connect_irq(&line, Serial::IRQ)?;
-        let mut pci = PciBus::new(Arc::new(IoEvents(Arc::clone(&vm))), Arc::new(Msi(Arc::clone(&vm))));
-        let mut disks = Vec::new();
-        for DiskConfig { name, source } in config.disks {
-            let disk = match source {
-                DiskSource::Image { path, options } => DiskHandle::open(&name, &path, options)?,
-                DiskSource::Open(disk) => disk,
-            };
-            let device = Block::new(Arc::clone(vm.ram().memory()), disk.clone(), &name);
-            pci.add_virtio(&format!("disk-{name}"), Box::new(device))?;
-            disks.push(disk);
-        }
-        pci.add_virtio("entropy", Box::new(Rng::new(Arc::clone(vm.ram().memory()))?))?;
-        let devices = Arc::new(MachineBus { pci, serial: Serial::new(line, console) });
-        Ok(Self { vcpus: config.vcpus, vm, devices, disks, exit: Arc::new(Exit::new()?) })
-    }
-
-    fn bus(&self) -> Arc<dyn Bus> {
-        Arc::clone(&self.devices) as Arc<dyn Bus>
-    }
-
-    fn listener(&self) -> Arc<dyn ExitListener> {
-        Arc::clone(&self.exit) as Arc<dyn ExitListener>
-    }
-
-    /// The devices are paused.
-    fn into_machine(self, vcpus: Vec<Vcpu>) -> Machine {
-        Machine {
-            vcpus,
-            devices: self.devices,
-            disks: self.disks,
-            dirty: DirtyLog::new(Arc::clone(&self.vm)),
-            vm: self.vm,
-            exit: self.exit,
-            devices_paused: Mutex::new(true),
-        }
     }
 }

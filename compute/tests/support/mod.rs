@@ -9,6 +9,7 @@ use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
 use vmove_compute::kvm::Hypervisor;
+use vmove_compute::memory::GuestRam;
 use vmove_devices::ConsoleSink;
 
 /// Says so and returns false where KVM cannot be used.
@@ -22,9 +23,11 @@ pub fn kvm_usable(test: &str) -> bool {
     }
 }
 
+/// Where the kernels here are loaded.
+pub const LOAD: u32 = 0x10_0000;
+
 /// An ELF file with `code` at 1 MiB as its only segment, entered there; with a PVH note if asked for.
 pub fn elf(code: &[u8], pvh: bool) -> Vec<u8> {
-    const LOAD: u64 = 0x10_0000;
     let code_at = 0x1000_u64;
     let note_at = 0x200_u64;
     let mut file = Vec::new();
@@ -32,7 +35,7 @@ pub fn elf(code: &[u8], pvh: bool) -> Vec<u8> {
     file.extend(2_u16.to_le_bytes());
     file.extend(62_u16.to_le_bytes());
     file.extend(1_u32.to_le_bytes());
-    for field in [LOAD, 64, 0] {
+    for field in [u64::from(LOAD), 64, 0] {
         file.extend(field.to_le_bytes());
     }
     file.extend(0_u32.to_le_bytes());
@@ -46,7 +49,7 @@ pub fn elf(code: &[u8], pvh: bool) -> Vec<u8> {
             file.extend(field.to_le_bytes());
         }
     };
-    segment(1, code_at, LOAD, code.len() as u64);
+    segment(1, code_at, u64::from(LOAD), code.len() as u64);
     if pvh {
         segment(4, note_at, 0, 20);
     }
@@ -55,15 +58,33 @@ pub fn elf(code: &[u8], pvh: bool) -> Vec<u8> {
         file.extend(field.to_le_bytes());
     }
     file.extend(b"Xen\0");
-    file.extend((LOAD as u32).to_le_bytes());
+    file.extend(LOAD.to_le_bytes());
     file.resize(code_at as usize, 0);
     file.extend(code);
     file
 }
 
-/// Instructions that print `text` and switch the machine off, the same in 32-bit and 64-bit mode.
-pub fn print_and_power_off(text: &[u8]) -> Vec<u8> {
-    let mut code = vec![0xbe, 0x27, 0, 0x10, 0]; // mov esi, 0x100027: the text behind the code
+/// A bzImage whose 64-bit entry, 0x200 behind [`LOAD`], is `code`. Fields: Linux, Documentation/arch/x86/boot.rst.
+pub fn bzimage(code: &[u8]) -> Vec<u8> {
+    let mut file = vec![0; 1024];
+    file[0x1f1] = 1; // setup sectors
+    file[0x1fe..0x200].copy_from_slice(&[0x55, 0xaa]);
+    file[0x202..0x206].copy_from_slice(b"HdrS");
+    file[0x206..0x208].copy_from_slice(&0x20c_u16.to_le_bytes());
+    file[0x211] = 1; // loaded high
+    file[0x214..0x218].copy_from_slice(&LOAD.to_le_bytes());
+    file[0x22c..0x230].copy_from_slice(&0x7fff_ffff_u32.to_le_bytes()); // highest address of an initial RAM disk
+    file[0x236] = 1; // has a 64-bit entry
+    file[0x260..0x264].copy_from_slice(&0x10_0000_u32.to_le_bytes()); // memory needed
+    file.extend([0; 0x200]);
+    file.extend(code);
+    file
+}
+
+/// Instructions for address `at` that print `text` and switch the machine off, the same in 32-bit and 64-bit mode.
+pub fn print_and_power_off(at: u32, text: &[u8]) -> Vec<u8> {
+    let mut code = vec![0xbe]; // mov esi, the text behind the code
+    code.extend((at + 0x27).to_le_bytes());
     code.push(0xb9); // mov ecx, length
     code.extend((text.len() as u32).to_le_bytes());
     code.extend([0xba, 0xf8, 0x03, 0, 0]); // mov edx, 0x3f8
@@ -74,6 +95,13 @@ pub fn print_and_power_off(text: &[u8]) -> Vec<u8> {
     code.resize(0x27, 0x90);
     code.extend(text);
     code
+}
+
+/// New RAM with the same bytes.
+pub fn copy_of(ram: &GuestRam) -> GuestRam {
+    let copy = GuestRam::new(ram.layout().bytes()).unwrap();
+    copy.slice_of(0, ram.pages()).unwrap().copy_from(ram.bytes_of(0, ram.pages()).unwrap());
+    copy
 }
 
 /// A guest's console output.
