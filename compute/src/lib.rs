@@ -1,6 +1,8 @@
-//! Placeholder header, replaced as the crate is written.
+//! The VMM on KVM, and the process that runs one VM and drives its moves.
 
 pub mod boot;
 pub mod kvm;
 pub mod machine;
 pub mod memory;
+pub mod migrate;
+pub mod process;

@@ -174,10 +174,9 @@ impl World {
                         let SourceSide::Moving(source) = &self.source else { unreachable!() };
                         assert_eq!(source.phase(), source::Phase::Committing);
                         let placeholder = Source::start(source.plan().clone()).0;
-                        let SourceSide::Moving(source) = std::mem::replace(
-                            &mut self.source,
-                            SourceSide::Moving(Box::new(placeholder)),
-                        ) else {
+                        let SourceSide::Moving(source) =
+                            std::mem::replace(&mut self.source, SourceSide::Moving(Box::new(placeholder)))
+                        else {
                             unreachable!()
                         };
                         let (committed, actions) = source.committed(self.now);

@@ -79,8 +79,7 @@ impl Precopy {
 
     /// A round of `bytes` took `elapsed`, and `dirty_pages` are dirty now.
     pub fn after_round(&mut self, bytes: u64, elapsed: Micros, dirty_pages: u64) -> Decision {
-        let per_second =
-            |bytes: u64| (u128::from(bytes) * 1_000_000 / u128::from(elapsed.max(1))) as u64;
+        let per_second = |bytes: u64| (u128::from(bytes) * 1_000_000 / u128::from(elapsed.max(1))) as u64;
         if bytes >= TRUSTED_BYTES || self.link_rate == 0 {
             self.link_rate = per_second(bytes).max(1);
         }

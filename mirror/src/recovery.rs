@@ -70,12 +70,22 @@ mod tests {
         let source = [
             (Standing::Owner { generation: 1, disks: vec![] }, Verdict::Aborted),
             (
-                Standing::Moving { move_id: id.clone(), to_host: Some("b".into()), generation: 1, disks: vec![] },
+                Standing::Moving {
+                    move_id: id.clone(),
+                    to_host: Some("b".into()),
+                    generation: 1,
+                    disks: vec![],
+                },
                 // Asking a source that is dead makes it journal `Aborted` first.
                 Verdict::Aborted,
             ),
             (
-                Standing::Committed { move_id: id.clone(), to_host: "b".into(), generation: 2, disks: vec![] },
+                Standing::Committed {
+                    move_id: id.clone(),
+                    to_host: "b".into(),
+                    generation: 2,
+                    disks: vec![],
+                },
                 Verdict::Committed,
             ),
             (Standing::Released { move_id: id.clone() }, Verdict::Committed),
@@ -87,9 +97,8 @@ mod tests {
             disks: vec![],
             prepared,
         };
-        let runs = |s| {
-            matches!(s, Settlement::Startable | Settlement::AbortThenStartable | Settlement::OwnThenBoot)
-        };
+        let runs =
+            |s| matches!(s, Settlement::Startable | Settlement::AbortThenStartable | Settlement::OwnThenBoot);
         for (standing, says) in &source {
             for prepared in [false, true] {
                 for answer in [PeerAnswer::Said(*says), PeerAnswer::Unreachable] {

@@ -361,10 +361,9 @@ impl Source {
                 self.round_bytes += bytes;
                 self.send(&mut out);
             }
-            (
-                Phase::PreCopy | Phase::FinalPages,
-                Event::Target(TargetMsg::RoundAck { round, damaged }),
-            ) => self.round_acked(now, round, &damaged, &mut out),
+            (Phase::PreCopy | Phase::FinalPages, Event::Target(TargetMsg::RoundAck { round, damaged })) => {
+                self.round_acked(now, round, &damaged, &mut out)
+            }
             (Phase::PreCopy, Event::Dirty(dirty)) => self.dirty(now, dirty, &mut out),
             (Phase::Pausing, Event::Paused) => {
                 self.phase = Phase::Draining;
@@ -414,7 +413,14 @@ impl Source {
     pub fn committed(mut self, now: Micros) -> (Committed, Vec<CommittedAction>) {
         assert_eq!(self.phase, Phase::Committing, "only a committing source can have committed");
         self.marks.committed = now;
-        Committed::begin(self.plan, self.marks, self.stats, self.precopy.round(), self.allocated, self.load_us)
+        Committed::begin(
+            self.plan,
+            self.marks,
+            self.stats,
+            self.precopy.round(),
+            self.allocated,
+            self.load_us,
+        )
     }
 
     fn disk(&mut self, index: usize, state: DiskState, now: Micros, out: &mut Vec<Action>) {

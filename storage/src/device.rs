@@ -236,7 +236,7 @@ impl BlockDevice {
 
     /// Flushes and closes. Without it, tables still in memory are lost as in a crash (flushed data is not), and
     /// the next one to open the image for writing has to walk its tables first.
-    pub async fn close(self) -> Result<()> {
+    pub async fn close(&self) -> Result<()> {
         self.flush().await?;
         let mut marked = self.marked.lock().await;
         if std::mem::take(&mut *marked) {

@@ -72,10 +72,10 @@ fn table(vcpus: u8) -> Vec<u8> {
     // I/O APIC (4.3.3).
     let address = IO_APIC.to_le_bytes();
     entry(&[2, io_apic, APIC_VERSION, 1, address[0], address[1], address[2], address[3]]);
-    // Interrupts of the ISA bus (4.3.4): line to pin one to one; the timer is on pin 2 as KVM wires it, line 2 is the
-    // cascade of the PICs.
+    // Interrupts of the ISA bus (4.3.4): line to pin one to one, the timer's too, as KVM wires them unless told
+    // otherwise. Line 2 is the cascade of the PICs.
     for line in (0..LINES).filter(|line| *line != 2) {
-        entry(&[3, 0, 0, 0, 1, line, io_apic, if line == 0 { 2 } else { line }]);
+        entry(&[3, 0, 0, 0, 1, line, io_apic, line]);
     }
     // Local interrupts (4.3.5): ExtINT to LINT0 and NMI to LINT1 of all.
     entry(&[4, 3, 0, 0, 1, 0, 0xff, 0]);

@@ -44,6 +44,16 @@ impl Exit {
     }
 }
 
+/// Waits for a guest's end without keeping its machine alive.
+pub struct ExitWatch(pub(super) std::sync::Arc<Exit>);
+
+impl ExitWatch {
+    /// Waits until the guest ends.
+    pub fn wait(&self) -> ExitReason {
+        self.0.wait()
+    }
+}
+
 impl ExitListener for Exit {
     fn ended(&self, id: u8, reason: ExitReason) {
         tracing::info!(vcpu = id, ?reason, "the guest has ended");

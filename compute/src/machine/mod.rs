@@ -24,6 +24,7 @@ use crate::kvm::{self, Hypervisor, RunState, Vcpu, Vm};
 use crate::memory::{self, DirtyLog, GuestRam};
 use bus::MachineBus;
 use exit::Exit;
+pub use exit::ExitWatch;
 
 /// What can go wrong with a machine.
 #[derive(Debug, thiserror::Error)]
@@ -253,6 +254,11 @@ impl Machine {
     /// machine then.
     pub fn wait_exit(&self) -> ExitReason {
         self.exit.wait()
+    }
+
+    /// For a thread that waits for the guest's end and must not keep the machine alive.
+    pub fn exit_watch(&self) -> ExitWatch {
+        ExitWatch(Arc::clone(&self.exit))
     }
 
     /// Becomes readable when the guest ends; never read from here.

@@ -1,5 +1,17 @@
 //! The per-VM process: one process owns one VM, so an agent can restart under running VMs.
 //!
-//! Lives here: its start, its control socket, its ownership of the machine. Never enters: many VMs, users, policy.
+//! | module | |
+//! |---|---|
+//! | [`protocol`] | what agent and process say to each other |
+//! | `owner` | the process's main thread: boot or arrival, moves, the end |
+//! | `control` | the socket on which the agent asks |
+//! | `console` | the guest's serial console and its watchers |
+//!
+//! Never enters: many VMs, users, policy.
 
+mod console;
+mod control;
+mod owner;
 pub mod protocol;
+
+pub use owner::{ProcessError, run};

@@ -214,7 +214,7 @@ pub enum Verdict {
 }
 
 /// State of a VM process.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum RunState {
     /// The guest runs here.
@@ -382,6 +382,8 @@ pub struct MemoryReport {
     pub zero_pages: u64,
     /// RAM never read because the guest never touched it.
     pub skipped_bytes: u64,
+    /// Bytes per second of the first round, from its first byte to the target's acknowledgement.
+    pub stream_bytes_per_s: u64,
 }
 
 /// Disk part of a [`MoveReport`].

@@ -371,7 +371,9 @@ impl BlockMirror {
                         BlockOp::Write { sum: 0 }
                     }
                     // The target's image began empty: what was never sent reads as zeroes there.
-                    _ if !(range.first..range.first + range.count).any(|c| self.touched.contains(c)) => continue,
+                    _ if !(range.first..range.first + range.count).any(|c| self.touched.contains(c)) => {
+                        continue;
+                    }
                     Content::Zero => BlockOp::Zero,
                     Content::Hole => BlockOp::Discard,
                 };

@@ -95,10 +95,9 @@ impl Header {
 
 /// Header and head of a frame, ready to be sent; `data_len` bytes of data must follow.
 pub fn encode(kind: Kind, head: &[u8], data_len: u32) -> Result<Vec<u8>, WireError> {
-    for (what, len, limit) in [
-        ("frame head", head.len() as u64, kind.max_head()),
-        ("frame data", data_len.into(), kind.max_data()),
-    ] {
+    for (what, len, limit) in
+        [("frame head", head.len() as u64, kind.max_head()), ("frame data", data_len.into(), kind.max_data())]
+    {
         if len > limit.into() {
             return Err(WireError::TooLong { what, bytes: len, limit: limit.into() });
         }

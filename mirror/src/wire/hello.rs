@@ -177,7 +177,10 @@ mod tests {
         let overlapping = Hello { min_version: 1, max_version: 12, ..newer };
         assert_eq!(overlapping.negotiate(), Ok(VERSION));
         let refused = HelloAnswer::NoCommonVersion(4, 5).encode();
-        assert!(matches!(HelloAnswer::decode(&refused), Err(WireError::NoCommonVersion { theirs_min: 4, .. })));
+        assert!(matches!(
+            HelloAnswer::decode(&refused),
+            Err(WireError::NoCommonVersion { theirs_min: 4, .. })
+        ));
         assert!(HelloAnswer::decode(&HelloAnswer::BadTicket.encode()).is_err());
         assert!(HelloAnswer::decode(&HelloAnswer::Accepted(77).encode()).is_err());
     }

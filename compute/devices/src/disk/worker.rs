@@ -278,6 +278,6 @@ impl Worker {
         let quiet = DiskContext { worker: Rc::clone(self) }.quiesce().await;
         self.deactivate();
         drop(quiet);
-        self.path.flush().await
+        self.path.device().close().await
     }
 }

@@ -1,0 +1,287 @@
+//! The block stream at the target: a thread that reads and checks frames, a task on the disk's own thread that applies them.
+//!
+//! Lives here: applying operations to an image that nothing else uses yet. Never enters: guests, decisions.
+
+use std::{
+    cell::{Cell, RefCell},
+    path::PathBuf,
+    rc::Rc,
+    sync::{
+        Arc, Mutex, PoisonError,
+        mpsc::{self, Receiver, Sender},
+    },
+    thread,
+};
+
+use vmove_devices::disk::{DiskContext, DiskHandle};
+use vmove_mirror::{
+    digest::checksum,
+    wire::{
+        blocks::{BlockAck, BlockHead, BlockOp},
+        frame::Kind,
+    },
+};
+use vmove_storage::{AlignedBuf, BlockDevice, BlockError, OpenOptions};
+
+use super::{
+    MoveError, audit,
+    blocks_out::{BlocksProof, BlocksTally},
+    inbox::{Inbox, Outbox},
+    link::{Link, LinkCloser, LinkReceiver, LinkSender},
+    signal::Signal,
+};
+
+/// Operations read ahead of the disk at most; the source's own limits stay below it.
+const READ_AHEAD: usize = 128;
+
+/// Which image takes the blocks.
+pub enum Image {
+    /// The one the disk's thread has open: a VM arrives.
+    Own,
+    /// Another one, that will replace it: a datastore-only move.
+    New(PathBuf, OpenOptions),
+}
+
+enum Command {
+    Apply(BlockHead, Option<AlignedBuf>),
+    Finish { audit: bool, reply: Sender<Result<Finished, BlockError>> },
+    Pivot(Sender<Result<(), MoveError>>),
+}
+
+/// An image that is complete and on stable storage.
+#[derive(Debug, Clone, Copy)]
+pub struct Finished {
+    /// BLAKE3 of its contents, if asked for.
+    pub audit: Option<[u8; 32]>,
+}
+
+/// Handle of a disk's arrival; dropping it ends the stream (and closes an image that was not pivoted to).
+pub struct BlocksIn {
+    name: String,
+    commands: Inbox<Command>,
+    closer: LinkCloser,
+    tally: Arc<Mutex<BlocksTally>>,
+}
+
+impl BlocksIn {
+    /// Applies what comes over `link`. `lost` is called once if the stream ends or turns out to be nonsense.
+    pub fn start(
+        disk: &DiskHandle,
+        image: Image,
+        link: Link,
+        lost: impl FnOnce(MoveError) + Send + 'static,
+    ) -> Result<Self, MoveError> {
+        let (sender, receiver, closer) = link.split().map_err(MoveError::io("block stream"))?;
+        let (commands, outbox) = Inbox::new().map_err(MoveError::io("create an event"))?;
+        let (acks, to_send) = mpsc::channel();
+        let (opened, opening) = mpsc::channel();
+        let (budget, spend) = mpsc::sync_channel(READ_AHEAD);
+        let tally = Arc::new(Mutex::new(BlocksTally::default()));
+        let (name, size) = (disk.name().to_owned(), disk.size());
+        disk.run(Box::new(move |context| {
+            Box::pin(async move {
+                let device = match image {
+                    Image::Own => Ok(context.path().device()),
+                    Image::New(path, options) => {
+                        BlockDevice::open(context.ring(), &path, options).await.map(Rc::new)
+                    }
+                };
+                match device {
+                    Ok(device) => {
+                        if opened.send(Ok(())).is_ok() {
+                            serve(&context, device, &outbox, &acks, &spend).await;
+                        }
+                    }
+                    Err(error) => drop(opened.send(Err(error))),
+                }
+            })
+        }))
+        .map_err(|e| MoveError::Machine(e.to_string()))?;
+        let gone = |_| MoveError::Machine(format!("the thread of disk {name} has ended"));
+        opening.recv().map_err(gone)?.map_err(MoveError::disk(&name))?;
+        let thread = |what: &str| thread::Builder::new().name(format!("{what}-{name}"));
+        thread("blocks-acks")
+            .spawn(move || send_acks(sender, &to_send))
+            .map_err(MoveError::io("start a thread"))?;
+        let (to_apply, shared) = (commands.clone(), Arc::clone(&tally));
+        thread("blocks-in")
+            .spawn(move || {
+                if let Err(error) = read_ops(receiver, size, &to_apply, &budget, &shared) {
+                    lost(error);
+                }
+            })
+            .map_err(MoveError::io("start a thread"))?;
+        Ok(Self { name, commands, closer, tally })
+    }
+
+    /// What has arrived so far.
+    pub fn proof(&self) -> BlocksProof {
+        self.tally.lock().unwrap_or_else(PoisonError::into_inner).proof()
+    }
+
+    /// Waits for everything that arrived to be on stable storage; reads it all again if asked to.
+    pub fn finish(&self, audit: bool) -> Result<Finished, MoveError> {
+        let (reply, done) = mpsc::channel();
+        self.commands.put(Command::Finish { audit, reply });
+        done.recv().map_err(|_| self.gone())?.map_err(MoveError::disk(&self.name))
+    }
+
+    /// Gives the guest this image in place of the disk's old one, which is closed. The guest is paused.
+    pub fn pivot(&self) -> Result<(), MoveError> {
+        let (reply, done) = mpsc::channel();
+        self.commands.put(Command::Pivot(reply));
+        done.recv().map_err(|_| self.gone())?
+    }
+
+    fn gone(&self) -> MoveError {
+        MoveError::Machine(format!("the thread of disk {} has ended", self.name))
+    }
+}
+
+impl Drop for BlocksIn {
+    fn drop(&mut self) {
+        self.closer.close();
+    }
+}
+
+fn read_ops(
+    mut receiver: LinkReceiver,
+    disk_bytes: u64,
+    commands: &Inbox<Command>,
+    budget: &mpsc::SyncSender<()>,
+    tally: &Mutex<BlocksTally>,
+) -> Result<(), MoveError> {
+    loop {
+        let (header, head) = receiver.frame()?;
+        if header.kind != Kind::Block {
+            return Err(MoveError::Machine("the source sent something else than blocks".into()));
+        }
+        let op =
+            BlockHead::decode(&head, header.data_len, disk_bytes).map_err(MoveError::wire("block stream"))?;
+        let data = match op.op {
+            BlockOp::Write { sum } => {
+                let mut data = AlignedBuf::zeroed(op.len as usize);
+                receiver.receive(data.as_mut_slice()).map_err(MoveError::io("receive blocks"))?;
+                if checksum(data.as_slice()) != sum {
+                    let error = vmove_mirror::wire::WireError::Checksum("a block");
+                    return Err(MoveError::wire("block stream")(error));
+                }
+                Some(data)
+            }
+            _ => None,
+        };
+        let frame = op.encode().map_err(MoveError::wire("block stream"))?;
+        tally.lock().unwrap_or_else(PoisonError::into_inner).add(&frame, op.data_bytes());
+        // Back-pressure: a slow disk stops the socket, not this host's memory.
+        if budget.send(()).is_err() || !commands.put(Command::Apply(op, data)) {
+            return Ok(());
+        }
+    }
+}
+
+fn send_acks(mut sender: LinkSender, acks: &Receiver<BlockAck>) {
+    while let Ok(ack) = acks.recv() {
+        let sent = ack
+            .encode()
+            .map_err(|e| e.to_string())
+            .and_then(|frame| sender.send(&[&frame]).map_err(|e| e.to_string()));
+        if let Err(error) = sent {
+            tracing::debug!(error, "cannot acknowledge blocks");
+            return;
+        }
+    }
+}
+
+/// Operations of the stream that are being applied.
+#[derive(Default)]
+struct InFlight {
+    count: Cell<usize>,
+    idle: RefCell<Option<Rc<Signal>>>,
+}
+
+impl InFlight {
+    fn end_one(&self) {
+        self.count.set(self.count.get() - 1);
+        if self.count.get() == 0
+            && let Some(idle) = self.idle.borrow_mut().take()
+        {
+            idle.set();
+        }
+    }
+
+    async fn idle(&self) {
+        if self.count.get() > 0 {
+            let signal = Rc::new(Signal::default());
+            *self.idle.borrow_mut() = Some(Rc::clone(&signal));
+            signal.wait().await;
+        }
+    }
+}
+
+async fn serve(
+    context: &DiskContext,
+    device: Rc<BlockDevice>,
+    outbox: &Outbox<Command>,
+    acks: &Sender<BlockAck>,
+    spend: &Receiver<()>,
+) {
+    let in_flight = Rc::new(InFlight::default());
+    while let Some(command) = outbox.next(context.ring()).await {
+        match command {
+            Command::Apply(op, data) => {
+                let _ = spend.try_recv();
+                if op.op == BlockOp::Flush {
+                    in_flight.idle().await;
+                    let done = report(op, device.flush().await);
+                    let _ = acks.send(BlockAck { seq: op.seq, done });
+                    continue;
+                }
+                let (device, acks, counter) = (Rc::clone(&device), acks.clone(), Rc::clone(&in_flight));
+                counter.count.set(counter.count.get() + 1);
+                context.ring().spawn(async move {
+                    let result = match (op.op, &data) {
+                        (BlockOp::Write { .. }, Some(data)) => device.write(op.offset, data.io_vec()).await,
+                        (BlockOp::Discard, _) => device.discard(op.offset, op.len).await,
+                        _ => device.write_zeroes(op.offset, op.len, false).await,
+                    };
+                    let _ = acks.send(BlockAck { seq: op.seq, done: report(op, result) });
+                    counter.end_one();
+                });
+            }
+            Command::Finish { audit, reply } => {
+                in_flight.idle().await;
+                let _ = reply.send(finish(&device, audit).await);
+            }
+            Command::Pivot(reply) => {
+                let _ = reply.send(pivot(context, &device).await);
+            }
+        }
+    }
+    in_flight.idle().await;
+}
+
+fn report(op: BlockHead, result: Result<(), BlockError>) -> bool {
+    if let Err(error) = &result {
+        tracing::error!(%error, offset = op.offset, bytes = op.len, "the arriving image cannot be written");
+    }
+    result.is_ok()
+}
+
+async fn finish(device: &BlockDevice, audit: bool) -> Result<Finished, BlockError> {
+    device.flush().await?;
+    Ok(Finished { audit: if audit { Some(audit::disk(device).await?) } else { None } })
+}
+
+async fn pivot(context: &DiskContext, device: &Rc<BlockDevice>) -> Result<(), MoveError> {
+    let quiet = context.quiesce().await;
+    context.path().set_tap(&quiet, None);
+    let old = context
+        .path()
+        .replace_device(&quiet, Rc::clone(device))
+        .map_err(|e| MoveError::Machine(e.to_string()))?;
+    // The guest has its new image; what becomes of the old one must not hold it up.
+    if let Err(error) = old.close().await {
+        tracing::warn!(disk = context.name(), %error, "the old image is not closed cleanly");
+    }
+    Ok(())
+}

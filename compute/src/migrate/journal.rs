@@ -1,0 +1,112 @@
+//! The VM's journal as the process keeps it: the file and its fold, always in step.
+//!
+//! Lives here: append and what a failed append means. Never enters: which records (the engines and the process decide).
+
+use std::path::{Path, PathBuf};
+
+use vmove_mirror::journal::{Journal, JournalError, Record, Standing};
+use vmove_storage::{BlockError, JournalFile};
+
+/// Why a record is not in the journal.
+#[derive(Debug, thiserror::Error)]
+pub enum AppendError {
+    /// It may not follow what stands; the file was not touched.
+    #[error(transparent)]
+    Refused(#[from] JournalError),
+    /// Writing failed and the record is certainly not there.
+    #[error("{0}")]
+    NotWritten(BlockError),
+    /// Writing failed and whether it is there cannot be found out.
+    #[error("{0} (and the journal cannot be read again: {1})")]
+    Unknown(BlockError, String),
+}
+
+/// A VM's journal on this host, held by this process alone.
+#[derive(Debug)]
+pub struct VmJournal {
+    path: PathBuf,
+    file: Option<JournalFile>,
+    fold: Journal,
+}
+
+impl VmJournal {
+    /// Opens (or makes) it and replays it.
+    pub fn open(path: &Path) -> Result<Self, BlockError> {
+        let (file, fold) = open(path)?;
+        Ok(Self { path: path.to_owned(), file: Some(file), fold })
+    }
+
+    /// What stands.
+    pub fn standing(&self) -> &Standing {
+        self.fold.standing()
+    }
+
+    /// The fold of all records.
+    pub fn fold(&self) -> &Journal {
+        &self.fold
+    }
+
+    /// Appends a record and syncs it.
+    pub fn append(&mut self, record: &Record) -> Result<(), AppendError> {
+        self.fold.admit(record)?;
+        let bytes = record.encode()?;
+        if self.file.is_none() {
+            self.reopen().map_err(AppendError::NotWritten)?;
+            self.fold.admit(record)?;
+        }
+        let Some(file) = self.file.as_mut() else {
+            return Err(AppendError::Refused(JournalError::BadRecord));
+        };
+        let Err(error) = file.append(&bytes) else {
+            self.fold.append(record)?;
+            return Ok(());
+        };
+        // The bytes may be there or not: only reading the file again tells. It was locked by the old handle.
+        self.file = None;
+        let before = self.fold.clone();
+        match self.reopen() {
+            Ok(()) if self.fold != before => Ok(()),
+            Ok(()) => Err(AppendError::NotWritten(error)),
+            Err(again) => Err(AppendError::Unknown(error, again.to_string())),
+        }
+    }
+
+    fn reopen(&mut self) -> Result<(), BlockError> {
+        let (file, fold) = open(&self.path)?;
+        self.file = Some(file);
+        self.fold = fold;
+        Ok(())
+    }
+}
+
+fn open(path: &Path) -> Result<(JournalFile, Journal), BlockError> {
+    let file = JournalFile::open(path)?;
+    let records = JournalFile::read_all(path)?;
+    let fold = Journal::replay(records.iter().map(Vec::as_slice)).map_err(|e| BlockError::Journal {
+        path: path.to_owned(),
+        offset: 0,
+        reason: e.to_string(),
+    })?;
+    Ok((file, fold))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn survives_reopening_and_has_one_writer() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("journal");
+        let mut journal = VmJournal::open(&path).unwrap();
+        journal.append(&Record::Owner { generation: 3, disks: vec![] }).unwrap();
+        assert!(VmJournal::open(&path).is_err());
+        assert!(matches!(
+            journal.append(&Record::Owner { generation: 3, disks: vec![] }),
+            Err(AppendError::Refused(_))
+        ));
+        drop(journal);
+        let again = VmJournal::open(&path).unwrap();
+        assert_eq!(again.standing(), &Standing::Owner { generation: 3, disks: vec![] });
+    }
+}

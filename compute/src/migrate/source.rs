@@ -1,0 +1,661 @@
+//! Drives the source engine: one thread that owns the move, carries out the engine's actions and feeds it events.
+//!
+//! Lives here: which worker carries out which action. Never enters: decisions.
+
+use std::{
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+        mpsc::{Receiver, RecvTimeoutError, Sender},
+    },
+    thread,
+    time::{Duration, Instant},
+};
+
+use vmove_mirror::{
+    Micros,
+    block::Stats,
+    committed::{Committed, CommittedAction, CommittedEvent},
+    digest,
+    journal::{DiskAt, MoveId, Record},
+    pages::PageSet,
+    source::{Action, Event, Phase, Source, SourcePlan},
+    wire::{
+        control::{self, Counters, DiskSetup, Proof, SourceMsg, TargetMsg},
+        frame::Kind,
+        hello::Role,
+    },
+};
+use vmove_storage::OwnerState;
+
+use super::{
+    AppendError, MoveError, ProgressBoard, VmJournal, audit,
+    blocks_out::BlocksOut,
+    images,
+    link::{Link, LinkCloser, LinkReceiver, LinkSender},
+    listen,
+    local::LocalTarget,
+    pace::Pace,
+    pages_out::PagesOut,
+    report::{self, Meter},
+    stop_points,
+};
+use crate::{
+    machine::Machine,
+    process::protocol::{DiskPlacement, IdentityPaths, ImageShape, MoveOrder, VmDefinition},
+};
+
+/// How often the engine's state is shown when nothing happens.
+const GLANCE: Duration = Duration::from_millis(100);
+
+/// A move to be made from here.
+pub struct SourceMove {
+    /// The running machine.
+    pub machine: Arc<Machine>,
+    /// The VM's journal.
+    pub journal: Arc<Mutex<VmJournal>>,
+    /// The order.
+    pub order: MoveOrder,
+    /// The VM as it is now.
+    pub vm: VmDefinition,
+    /// Ownership generation now.
+    pub generation: u64,
+    /// Where its images are now.
+    pub disks: Vec<DiskPlacement>,
+    /// Structure of those that are copied.
+    pub shapes: Vec<ImageShape>,
+    /// This host's identity.
+    pub identity: Option<IdentityPaths>,
+    /// Where progress is shown.
+    pub board: Arc<ProgressBoard>,
+    /// The engine's mailbox; whoever holds the sender may cancel.
+    pub events: (Sender<Event>, Receiver<Event>),
+}
+
+/// How a move ended for its source.
+#[derive(Debug)]
+pub enum SourceEnd {
+    /// The VM runs here as before.
+    Stayed,
+    /// The VM runs here, on these images.
+    Pivoted {
+        /// All images.
+        disks: Vec<DiskPlacement>,
+        /// The new generation.
+        generation: u64,
+    },
+    /// The VM is the target's; end the machine. Images may be retired if the target has confirmed.
+    Moved {
+        /// Whether the target has said that it runs.
+        confirmed: bool,
+    },
+    /// Neither side is known to own the VM, or it cannot go on: nobody may run until the journal is settled.
+    Fenced(String),
+}
+
+/// The target's side of the connections.
+enum Peer {
+    None,
+    Remote { control: LinkSender, closer: LinkCloser },
+    Local(LocalTarget),
+}
+
+struct Driver {
+    task: Parts,
+    began: Instant,
+    peer: Peer,
+    pages: Option<PagesOut>,
+    mirrors: Arc<Vec<BlocksOut>>,
+    pending_links: Vec<Link>,
+    pace: Arc<Pace>,
+    control_lost: Arc<AtomicBool>,
+    meter: Meter,
+    digest: [u8; 32],
+}
+
+/// [`SourceMove`] without its receiving end.
+struct Parts {
+    machine: Arc<Machine>,
+    journal: Arc<Mutex<VmJournal>>,
+    order: MoveOrder,
+    vm: VmDefinition,
+    generation: u64,
+    disks: Vec<DiskPlacement>,
+    shapes: Vec<ImageShape>,
+    identity: Option<IdentityPaths>,
+    board: Arc<ProgressBoard>,
+    events: Sender<Event>,
+}
+
+/// What comes of one action.
+enum Flow {
+    Go,
+    Committed,
+    Ended(SourceEnd),
+}
+
+impl SourceMove {
+    /// Makes the move. Blocks until it has ended one way or the other.
+    pub fn run(self) -> SourceEnd {
+        let (events, inbox) = self.events;
+        let pace = Arc::new(Pace::new(self.order.bandwidth));
+        self.board.begin(&self.order.move_id);
+        let mut driver = Driver {
+            task: Parts {
+                machine: self.machine,
+                journal: self.journal,
+                order: self.order,
+                vm: self.vm,
+                generation: self.generation,
+                disks: self.disks,
+                shapes: self.shapes,
+                identity: self.identity,
+                board: self.board,
+                events,
+            },
+            began: Instant::now(),
+            peer: Peer::None,
+            pages: None,
+            mirrors: Arc::new(Vec::new()),
+            pending_links: Vec::new(),
+            pace,
+            control_lost: Arc::new(AtomicBool::new(false)),
+            meter: Meter::default(),
+            digest: [0; 32],
+        };
+        let plan = match driver.plan() {
+            Ok(plan) => plan,
+            Err(error) => {
+                tracing::error!(%error, "a move order that cannot be followed");
+                return SourceEnd::Stayed;
+            }
+        };
+        driver.run(plan, &inbox)
+    }
+}
+
+impl Driver {
+    fn now(&self) -> Micros {
+        self.began.elapsed().as_micros() as Micros
+    }
+
+    fn plan(&self) -> Result<SourcePlan, MoveError> {
+        let order = &self.task.order;
+        let moves = order.target.is_some();
+        Ok(SourcePlan {
+            move_id: MoveId::new(&order.move_id).map_err(|e| MoveError::Machine(e.to_string()))?,
+            to_host: moves.then(|| order.to.host.clone()),
+            generation: self.task.generation + 1,
+            ram_pages: moves.then(|| self.task.machine.ram().pages()),
+            disks: self
+                .task
+                .shapes
+                .iter()
+                .map(|s| DiskSetup { name: s.name.clone(), virtual_bytes: s.virtual_bytes })
+                .collect(),
+            disks_after: self.disks_after().iter().map(at).collect(),
+            max_downtime: order.max_downtime_ms * 1000,
+            audit: order.audit,
+        })
+    }
+
+    /// All images once the copied ones are at their new places.
+    fn disks_after(&self) -> Vec<DiskPlacement> {
+        let copies = &self.task.order.copies;
+        let after = |old: &DiskPlacement| copies.iter().find(|c| c.name == old.name).unwrap_or(old).clone();
+        self.task.disks.iter().map(after).collect()
+    }
+
+    fn run(&mut self, plan: SourcePlan, inbox: &Receiver<Event>) -> SourceEnd {
+        let (mut engine, mut actions) = Source::start(plan);
+        loop {
+            for action in std::mem::take(&mut actions) {
+                match self.act(&engine, action) {
+                    Flow::Go => {}
+                    Flow::Ended(end) => return end,
+                    Flow::Committed => {
+                        let (committed, actions) = engine.committed(self.now());
+                        return self.finish(committed, actions, inbox);
+                    }
+                }
+            }
+            let event = match inbox.recv_timeout(GLANCE) {
+                Ok(event) => Some(event),
+                Err(RecvTimeoutError::Timeout) => self.overdue(&engine),
+                // The driver itself holds a sender.
+                Err(RecvTimeoutError::Disconnected) => None,
+            };
+            let now = self.now();
+            self.meter.publish(&self.task.board, now, &engine, &self.stats());
+            if let Some(event) = event {
+                actions = engine.step(now, event);
+            }
+        }
+    }
+
+    /// A paused guest is not left waiting for a peer that has stopped answering without closing its connections.
+    fn overdue(&self, engine: &Source) -> Option<Event> {
+        let limit = if self.task.order.audit {
+            600_000_000
+        } else {
+            20_000_000 + self.task.order.max_downtime_ms * 20_000
+        };
+        let paused = (Phase::Pausing..=Phase::Preparing).contains(&engine.phase());
+        let late = paused && self.now() > engine.marks().pause + limit;
+        late.then(|| Event::Failed(format!("the switchover has not ended within {} s", limit / 1_000_000)))
+    }
+
+    fn stats(&self) -> Vec<Stats> {
+        self.mirrors.iter().map(BlocksOut::stats).collect()
+    }
+
+    fn post(&self, event: Event) {
+        // The receiving end lives as long as this driver.
+        let _ = self.task.events.send(event);
+    }
+
+    fn attempt(&self, what: &str, result: Result<(), impl std::fmt::Display>) {
+        if let Err(error) = result {
+            self.post(Event::Failed(format!("{what}: {error}")));
+        }
+    }
+
+    fn act(&mut self, engine: &Source, action: Action) -> Flow {
+        stop_points::reach(&format!("source.{}", name(&action)));
+        let machine = Arc::clone(&self.task.machine);
+        match action {
+            Action::Journal(record) => return self.journal(&record),
+            Action::Connect => {
+                let connected = self.connect();
+                match connected {
+                    Ok(()) => self.post(Event::Connected),
+                    Err(error) => self.post(Event::Failed(error.to_string())),
+                }
+            }
+            Action::Tell(message) => self.tell(&message),
+            Action::StartMirrors => {
+                let started = self.start_mirrors();
+                self.attempt("start the mirrors", started);
+            }
+            Action::StartLogging => {
+                let logged = machine.dirty_log().start_logging().and_then(|()| machine.ram().resident());
+                match logged {
+                    Ok(words) => {
+                        let resident = PageSet::from_words(words, machine.ram().pages());
+                        self.post(Event::LoggingStarted { resident });
+                    }
+                    Err(error) => self.post(Event::Failed(format!("log dirty pages: {error}"))),
+                }
+            }
+            Action::SendPages(ranges) => {
+                if let Some(pages) = &self.pages {
+                    pages.send(ranges);
+                }
+            }
+            Action::EndRound(round) => {
+                if let Some(pages) = &self.pages {
+                    pages.end_round(round);
+                }
+            }
+            Action::CollectDirty => match machine.dirty_log().collect() {
+                Ok(words) => self.post(Event::Dirty(PageSet::from_words(words, machine.ram().pages()))),
+                Err(error) => self.post(Event::Failed(format!("collect dirty pages: {error}"))),
+            },
+            Action::Pause => {
+                machine.pause_vcpus();
+                self.post(Event::Paused);
+            }
+            Action::DrainDisks => self.drain(),
+            Action::SaveState => match save_state(&machine) {
+                Ok(bytes) => self.post(Event::StateSaved(bytes)),
+                Err(error) => self.post(Event::Failed(error.to_string())),
+            },
+            Action::Prove => match self.prove() {
+                Ok(proof) => {
+                    self.digest = proof.audit.unwrap_or(proof.digest);
+                    self.post(Event::Proved(proof));
+                }
+                Err(error) => self.post(Event::Failed(error.to_string())),
+            },
+            Action::DropMirrors => self.mirrors.iter().for_each(BlocksOut::detach),
+            Action::StopLogging => {
+                if let Err(error) = machine.dirty_log().stop_logging() {
+                    tracing::warn!(%error, "the dirty log stays on");
+                }
+            }
+            Action::Resume => {
+                // A guest that has ended meanwhile is the process's concern.
+                if let Err(error) = machine.resume() {
+                    tracing::error!(%error, "the guest cannot go on");
+                }
+            }
+            Action::Finish { reason, cancelled } => {
+                self.mirrors = Arc::new(Vec::new());
+                self.pages = None;
+                match &mut self.peer {
+                    Peer::Local(target) => target.discard(),
+                    Peer::Remote { closer, .. } => closer.close(),
+                    Peer::None => {}
+                }
+                let report =
+                    report::aborted(&self.task.vm, &self.task.order, self.now(), engine, &reason, cancelled);
+                tracing::warn!(reason, "the move has ended, the VM stays");
+                self.task.board.finish(report, Some(reason));
+                return Flow::Ended(SourceEnd::Stayed);
+            }
+        }
+        Flow::Go
+    }
+
+    fn journal(&mut self, record: &Record) -> Flow {
+        let appended = self.task.journal.lock().unwrap_or_else(PoisonError::into_inner).append(record);
+        let commits = matches!(record, Record::Committed { .. } | Record::Owner { .. });
+        match appended {
+            Ok(()) if commits => return Flow::Committed,
+            Ok(()) => self.post(Event::Journaled),
+            Err(error @ AppendError::Unknown(..)) if commits => {
+                let why = format!("whether the move is committed cannot be known: {error}");
+                return Flow::Ended(SourceEnd::Fenced(why));
+            }
+            Err(error) => self.post(Event::JournalFailed(error.to_string())),
+        }
+        Flow::Go
+    }
+
+    fn connect(&mut self) -> Result<(), MoveError> {
+        let task = &self.task;
+        let Some(target) = task.order.target.clone() else {
+            let copies = task.order.copies.iter().cloned().zip(task.shapes.iter().cloned()).collect();
+            let mut local =
+                LocalTarget::new(Arc::clone(&task.machine), &task.vm.name, task.generation + 1, copies);
+            let made = local.make(&task.events);
+            self.peer = Peer::Local(local);
+            self.pending_links = made?;
+            return Ok(());
+        };
+        let identity = if task.order.plain { None } else { task.identity.as_ref() };
+        if identity.is_none() && !task.order.plain {
+            return Err(MoveError::Tls("this host has no identity: run `vmove init` or `vmove join`".into()));
+        }
+        let host = &task.order.to.host;
+        let call = |role| listen::call(&target, host, role, identity);
+        let (control, receiver, closer) =
+            call(Role::Control)?.split().map_err(MoveError::io("control link"))?;
+        self.peer = Peer::Remote { control, closer };
+        let (events, lost) = (task.events.clone(), Arc::clone(&self.control_lost));
+        thread::Builder::new()
+            .name("control".into())
+            .spawn(move || listen_to_target(receiver, &events, &lost))
+            .map_err(MoveError::io("start a thread"))?;
+        self.pages = Some(PagesOut::start(
+            task.machine.ram().clone(),
+            call(Role::Pages(0))?,
+            Arc::clone(&self.pace),
+            task.events.clone(),
+        )?);
+        for index in 0..task.shapes.len() {
+            self.pending_links.push(call(Role::Disk(index as u8))?);
+        }
+        Ok(())
+    }
+
+    fn tell(&mut self, message: &SourceMsg) {
+        match &mut self.peer {
+            Peer::None => {}
+            Peer::Remote { control, .. } => {
+                let sent = control::encode(message)
+                    .map_err(|e| e.to_string())
+                    .and_then(|frame| control.send(&[&frame]).map_err(|e| e.to_string()));
+                if let Err(error) = sent {
+                    self.control_lost.store(true, Ordering::SeqCst);
+                    self.post(Event::LinkLost(error));
+                }
+            }
+            Peer::Local(target) => {
+                let answer = match message {
+                    SourceMsg::Setup { .. } => Ok(TargetMsg::Ready),
+                    SourceMsg::Prepare(_) => target.prepare(self.task.order.audit),
+                    _ => return,
+                };
+                self.post(answer.map_or_else(|e| Event::Failed(e.to_string()), Event::Target));
+            }
+        }
+    }
+
+    fn start_mirrors(&mut self) -> Result<(), MoveError> {
+        let mut mirrors = Vec::new();
+        for (index, link) in std::mem::take(&mut self.pending_links).into_iter().enumerate() {
+            let shape = &self.task.shapes[index];
+            let disk = self
+                .task
+                .machine
+                .disk(&shape.name)
+                .ok_or_else(|| MoveError::Machine(format!("the VM has no disk {}", shape.name)))?;
+            mirrors.push(BlocksOut::start(
+                disk,
+                index,
+                link,
+                Arc::clone(&self.pace),
+                self.task.events.clone(),
+            )?);
+        }
+        self.mirrors = Arc::new(mirrors);
+        Ok(())
+    }
+
+    /// On a thread of its own: a target that stops answering must not keep the engine from giving up.
+    fn drain(&self) {
+        let (machine, mirrors) = (Arc::clone(&self.task.machine), Arc::clone(&self.mirrors));
+        let events = self.task.events.clone();
+        let spawned = thread::Builder::new().name("drain".into()).spawn(move || {
+            if let Err(error) = machine.pause_devices() {
+                let _ = events.send(Event::Failed(error.to_string()));
+                return;
+            }
+            mirrors.iter().for_each(BlocksOut::drain);
+        });
+        self.attempt("start a thread", spawned.map(|_| ()));
+    }
+
+    fn prove(&self) -> Result<Proof, MoveError> {
+        let task = &self.task;
+        let mut counters = Counters::default();
+        let ram = match &self.pages {
+            Some(pages) => {
+                let gone = || MoveError::Machine("the page stream has ended".into());
+                let proof = pages.proof().ok_or_else(gone)?;
+                counters.data_pages = proof.data_pages;
+                counters.zero_pages = proof.zero_pages;
+                Some(proof.digest)
+            }
+            None => None,
+        };
+        let mut chains = Vec::new();
+        for mirror in self.mirrors.iter() {
+            let proof = mirror.proof();
+            counters.block_ops += proof.ops;
+            counters.block_bytes += proof.bytes;
+            chains.push(proof.digest);
+        }
+        let audit = if task.order.audit { Some(self.audit(ram.is_some())?) } else { None };
+        Ok(Proof { counters, digest: digest::combine(ram, &chains), audit })
+    }
+
+    fn audit(&self, with_ram: bool) -> Result<[u8; 32], MoveError> {
+        let memory = |e: crate::memory::Error| MoveError::Machine(e.to_string());
+        let ram = if with_ram { Some(audit::ram(self.task.machine.ram()).map_err(memory)?) } else { None };
+        let disks = self.mirrors.iter().map(BlocksOut::audit).collect::<Result<Vec<_>, _>>()?;
+        Ok(digest::combine(ram, &disks))
+    }
+
+    /// After the commit.
+    fn finish(
+        &mut self,
+        mut committed: Committed,
+        mut actions: Vec<CommittedAction>,
+        inbox: &Receiver<Event>,
+    ) -> SourceEnd {
+        self.task.board.update(|p| p.phase = "committed".into());
+        let mut retire = false;
+        loop {
+            for action in std::mem::take(&mut actions) {
+                stop_points::reach(&format!("source.{}", committed_name(&action)));
+                match action {
+                    CommittedAction::Tell(message) => self.tell(&message),
+                    CommittedAction::Pivot => {
+                        self.mirrors.iter().for_each(BlocksOut::detach);
+                        let Peer::Local(target) = &self.peer else { continue };
+                        let pivoted = target.pivot().and_then(|()| {
+                            self.task.machine.resume().map_err(|e| MoveError::Machine(e.to_string()))
+                        });
+                        if let Err(error) = pivoted {
+                            return SourceEnd::Fenced(format!("the new images cannot be used: {error}"));
+                        }
+                        actions.extend(committed.step(self.now(), CommittedEvent::Pivoted));
+                    }
+                    CommittedAction::Journal(record) => {
+                        let appended =
+                            self.task.journal.lock().unwrap_or_else(PoisonError::into_inner).append(&record);
+                        if let Err(error) = appended {
+                            tracing::warn!(%error, "the end of the move is not journalled");
+                        }
+                        actions.extend(committed.step(self.now(), CommittedEvent::Journaled));
+                    }
+                    CommittedAction::Retire => retire = true,
+                    CommittedAction::Finish { confirmed } => {
+                        return self.end(&committed, confirmed, retire);
+                    }
+                }
+            }
+            if !actions.is_empty() {
+                continue;
+            }
+            let event = match inbox.recv_timeout(GLANCE) {
+                Ok(Event::Target(TargetMsg::Running { resume_us })) => CommittedEvent::Running { resume_us },
+                // The data connections may end before the control connection has brought the last word.
+                Ok(Event::LinkLost(_)) if self.control_lost.load(Ordering::SeqCst) => {
+                    CommittedEvent::LinkLost
+                }
+                _ => continue,
+            };
+            actions = committed.step(self.now(), event);
+        }
+    }
+
+    fn end(&mut self, committed: &Committed, confirmed: bool, retire: bool) -> SourceEnd {
+        let report = report::committed(
+            &self.task.vm,
+            &self.task.order,
+            self.now(),
+            committed,
+            &self.stats(),
+            self.digest,
+            confirmed,
+        );
+        self.mirrors = Arc::new(Vec::new());
+        self.pages = None;
+        let warning = report.reason.clone();
+        let end = match &self.peer {
+            Peer::Local(_) => {
+                if retire {
+                    let copied = |d: &&DiskPlacement| self.task.order.copies.iter().any(|c| c.name == d.name);
+                    self.task.disks.iter().filter(copied).for_each(|old| self.task.retire(old));
+                }
+                SourceEnd::Pivoted { disks: self.disks_after(), generation: self.task.generation + 1 }
+            }
+            _ => {
+                if retire {
+                    self.task.disks.iter().for_each(|old| self.task.retire(old));
+                }
+                SourceEnd::Moved { confirmed }
+            }
+        };
+        self.task.board.finish(report, warning);
+        end
+    }
+}
+
+impl Parts {
+    /// An image that is no longer the VM's: removed, or kept and stamped so that nobody starts it.
+    fn retire(&self, old: &DiskPlacement) {
+        if !self.order.keep_source {
+            images::remove(&old.path);
+            return;
+        }
+        if let Err(error) = images::stamp(&old.path, &self.vm.name, self.generation, OwnerState::Stale) {
+            tracing::warn!(%error, "an image that was left is not stamped");
+        }
+    }
+}
+
+/// A placement as journals name it.
+pub fn at(place: &DiskPlacement) -> DiskAt {
+    DiskAt {
+        name: place.name.clone(),
+        datastore: place.datastore.clone(),
+        path: place.path.to_string_lossy().into_owned(),
+    }
+}
+
+fn save_state(machine: &Machine) -> Result<Vec<u8>, MoveError> {
+    let sections = machine.save_state().map_err(|e| MoveError::Machine(e.to_string()))?;
+    postcard::to_stdvec(&sections).map_err(|e| MoveError::Machine(format!("encode the state: {e}")))
+}
+
+fn listen_to_target(mut receiver: LinkReceiver, events: &Sender<Event>, lost: &AtomicBool) {
+    loop {
+        let message = receiver.frame().and_then(|(header, head)| match header.kind {
+            Kind::Control => control::decode::<TargetMsg>(&head).map_err(MoveError::wire("control link")),
+            _ => Err(MoveError::Machine("the target sent data on the control link".into())),
+        });
+        let event = match message {
+            Ok(message) => Event::Target(message),
+            Err(error) => {
+                lost.store(true, Ordering::SeqCst);
+                Event::LinkLost(error.to_string())
+            }
+        };
+        let ended = matches!(event, Event::LinkLost(_));
+        if events.send(event).is_err() || ended {
+            return;
+        }
+    }
+}
+
+/// Names of the stop points, in the order a move meets them.
+fn name(action: &Action) -> &'static str {
+    match action {
+        Action::Journal(Record::Moving { .. }) => "journal-moving",
+        Action::Journal(Record::Aborted { .. }) => "journal-aborted",
+        Action::Journal(Record::Committed { .. }) => "journal-committed",
+        Action::Journal(_) => "journal-owner",
+        Action::Connect => "connect",
+        Action::Tell(SourceMsg::Setup { .. }) => "tell-setup",
+        Action::Tell(SourceMsg::State(_)) => "tell-state",
+        Action::Tell(SourceMsg::Prepare(_)) => "tell-prepare",
+        Action::Tell(_) => "tell-abort",
+        Action::StartMirrors => "start-mirrors",
+        Action::StartLogging => "start-logging",
+        Action::SendPages(_) => "send-pages",
+        Action::EndRound(_) => "end-round",
+        Action::CollectDirty => "collect-dirty",
+        Action::Pause => "pause",
+        Action::DrainDisks => "drain-disks",
+        Action::SaveState => "save-state",
+        Action::Prove => "prove",
+        Action::DropMirrors => "drop-mirrors",
+        Action::StopLogging => "stop-logging",
+        Action::Resume => "resume",
+        Action::Finish { .. } => "finish",
+    }
+}
+
+fn committed_name(action: &CommittedAction) -> &'static str {
+    match action {
+        CommittedAction::Tell(_) => "tell-commit",
+        CommittedAction::Pivot => "pivot",
+        CommittedAction::Journal(_) => "journal-released",
+        CommittedAction::Retire => "retire",
+        CommittedAction::Finish { .. } => "finish-committed",
+    }
+}

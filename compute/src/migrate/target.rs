@@ -1,0 +1,416 @@
+//! Drives the target engine: makes images and memory, takes in what comes, and ends with a running machine or with nothing.
+//!
+//! Lives here: which worker carries out which action. Never enters: decisions.
+
+use std::{
+    net::IpAddr,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+        mpsc::{Receiver, Sender},
+    },
+    thread,
+    time::{Duration, Instant},
+};
+
+use vmove_devices::{ConsoleSink, DiskHandle};
+use vmove_mirror::{
+    digest,
+    journal::MoveId,
+    target::{Action, Event, Target, TargetPlan},
+    wire::{
+        control::{self, Counters, DiskSetup, Proof, SourceMsg, TargetMsg},
+        frame::Kind,
+        hello::Role,
+    },
+};
+use vmove_storage::OwnerState;
+
+use super::{
+    MoveError, VmJournal, audit,
+    blocks_in::{BlocksIn, Image},
+    images,
+    link::{LinkCloser, LinkReceiver, LinkSender},
+    listen::Listener,
+    pages_in::PagesIn,
+    source::at,
+    stop_points,
+};
+use crate::{
+    machine::{DiskConfig, DiskSource, Machine, MachineConfig},
+    memory::GuestRam,
+    process::protocol::{DiskPlacement, IdentityPaths, IncomingSpec, Listening, VmDefinition},
+};
+
+/// How long the source may take to connect after it was told where.
+const CONNECT: Duration = Duration::from_secs(60);
+
+/// An arrival to be carried through.
+pub struct TargetMove {
+    /// What was agreed.
+    pub spec: IncomingSpec,
+    /// The VM.
+    pub vm: VmDefinition,
+    /// Generation after the commit.
+    pub generation: u64,
+    /// Where its images are to be made.
+    pub disks: Vec<DiskPlacement>,
+    /// The VM's journal on this host.
+    pub journal: Arc<Mutex<VmJournal>>,
+    /// Where the guest's console goes.
+    pub console: ConsoleSink,
+    /// The engine's mailbox; whoever holds the sender may resolve or cancel.
+    pub events: (Sender<Event>, Receiver<Event>),
+    /// Set while the source's commit is awaited and cannot be heard.
+    pub undecided: Arc<AtomicBool>,
+    listener: Listener,
+}
+
+/// How an arrival ended.
+pub enum TargetEnd {
+    /// The VM is ours and runs.
+    Running(Box<Machine>),
+    /// It did not come; nothing of it is left here.
+    Refused(String),
+    /// It is ours or not, and cannot run here now: the agent settles it from the journal.
+    Broken(String),
+}
+
+struct Driver {
+    task: TargetMove,
+    ram: Option<GuestRam>,
+    disks: Vec<DiskHandle>,
+    arrivals: Vec<BlocksIn>,
+    pages: Option<PagesIn>,
+    control: Option<(LinkSender, LinkCloser)>,
+    machine: Option<Machine>,
+    loaded_in: Duration,
+    commit_seen: Option<Instant>,
+}
+
+impl TargetMove {
+    /// Listens for the source; gives where.
+    #[allow(clippy::too_many_arguments)]
+    pub fn listen(
+        spec: IncomingSpec,
+        vm: VmDefinition,
+        generation: u64,
+        disks: Vec<DiskPlacement>,
+        identity: Option<&IdentityPaths>,
+        journal: Arc<Mutex<VmJournal>>,
+        console: ConsoleSink,
+        events: (Sender<Event>, Receiver<Event>),
+    ) -> Result<(Self, Listening), MoveError> {
+        let ip: IpAddr = spec
+            .listen_ip
+            .parse()
+            .map_err(|_| MoveError::Machine(format!("{:?} is not an IP address", spec.listen_ip)))?;
+        if !spec.plain && identity.is_none() {
+            return Err(MoveError::Tls("this host has no identity: run `vmove init` or `vmove join`".into()));
+        }
+        let (listener, listening) = Listener::bind(ip, if spec.plain { None } else { identity })?;
+        let undecided = Arc::new(AtomicBool::new(false));
+        let this = Self { spec, vm, generation, disks, journal, console, events, undecided, listener };
+        Ok((this, listening))
+    }
+
+    /// Carries it through. Blocks until it has ended one way or the other.
+    pub fn run(self) -> TargetEnd {
+        let plan = match self.plan() {
+            Ok(plan) => plan,
+            Err(error) => return TargetEnd::Refused(error.to_string()),
+        };
+        let driver = Driver {
+            task: self,
+            ram: None,
+            disks: Vec::new(),
+            arrivals: Vec::new(),
+            pages: None,
+            control: None,
+            machine: None,
+            loaded_in: Duration::ZERO,
+            commit_seen: None,
+        };
+        driver.run(plan)
+    }
+
+    fn plan(&self) -> Result<TargetPlan, MoveError> {
+        Ok(TargetPlan {
+            move_id: MoveId::new(&self.spec.move_id).map_err(|e| MoveError::Machine(e.to_string()))?,
+            from_host: self.spec.from_host.clone(),
+            generation: self.generation,
+            ram_pages: (self.vm.memory_mib << 20) / vmove_mirror::PAGE_BYTES,
+            disks: self
+                .spec
+                .images
+                .iter()
+                .map(|i| DiskSetup { name: i.name.clone(), virtual_bytes: i.virtual_bytes })
+                .collect(),
+            images: self.disks.iter().map(at).collect(),
+        })
+    }
+}
+
+impl Driver {
+    fn run(mut self, plan: TargetPlan) -> TargetEnd {
+        let (mut engine, mut actions) = Target::start(plan);
+        loop {
+            for action in std::mem::take(&mut actions) {
+                if let Some(end) = self.act(action) {
+                    return end;
+                }
+            }
+            match self.task.events.1.recv() {
+                Ok(event) => {
+                    if matches!(event, Event::Source(SourceMsg::Commit) | Event::Resolved(_)) {
+                        self.commit_seen = Some(Instant::now());
+                    }
+                    actions = engine.step(event);
+                }
+                Err(_) => return TargetEnd::Broken("the arrival's mailbox is gone".into()),
+            }
+        }
+    }
+
+    fn post(&self, event: Event) {
+        // The receiving end lives as long as this driver.
+        let _ = self.task.events.0.send(event);
+    }
+
+    fn answer(&self, result: Result<Event, MoveError>) {
+        self.post(result.unwrap_or_else(|error| Event::Failed(error.to_string())));
+    }
+
+    fn act(&mut self, action: Action) -> Option<TargetEnd> {
+        stop_points::reach(&format!("target.{}", name(&action)));
+        match action {
+            Action::Journal(record) => {
+                let appended =
+                    self.task.journal.lock().unwrap_or_else(PoisonError::into_inner).append(&record);
+                self.post(match appended {
+                    Ok(()) => Event::Journaled,
+                    Err(error) => Event::JournalFailed(error.to_string()),
+                });
+            }
+            Action::MakeImages => {
+                let made = self.make();
+                self.answer(made.map(|()| Event::ImagesReady));
+            }
+            Action::Tell(message) => self.tell(&message),
+            Action::LoadState(bytes) => {
+                let began = Instant::now();
+                let loaded = self.load(&bytes);
+                self.loaded_in = began.elapsed();
+                self.answer(loaded.map(|()| Event::Loaded));
+            }
+            Action::Prove { audit } => {
+                let proved = self.prove(audit);
+                self.answer(proved);
+            }
+            Action::AskVerdict => self.task.undecided.store(true, Ordering::SeqCst),
+            Action::Run => {
+                let Some(machine) = &self.machine else {
+                    return Some(TargetEnd::Broken("no machine was loaded".into()));
+                };
+                if let Err(error) = machine.resume() {
+                    return Some(TargetEnd::Broken(format!("the guest cannot go on here: {error}")));
+                }
+                let resume_us = self.commit_seen.map_or(0, |t| t.elapsed().as_micros() as u64);
+                self.post(Event::Resumed { resume_us });
+            }
+            Action::Discard => self.discard(),
+            Action::Finish { refused: None } => {
+                self.own_images();
+                let machine = self.machine.take()?;
+                return Some(TargetEnd::Running(Box::new(machine)));
+            }
+            Action::Finish { refused: Some(why) } => {
+                if let Some((_, closer)) = &self.control {
+                    closer.close();
+                }
+                let discarded = self.disks.is_empty() && self.machine.is_none();
+                return Some(if discarded { TargetEnd::Refused(why) } else { TargetEnd::Broken(why) });
+            }
+        }
+        None
+    }
+
+    fn make(&mut self) -> Result<(), MoveError> {
+        let task = &self.task;
+        let ram = GuestRam::new(task.vm.memory_mib << 20).map_err(|e| MoveError::Machine(e.to_string()))?;
+        for place in &task.disks {
+            let shape = task.spec.images.iter().find(|shape| shape.name == place.name).ok_or_else(|| {
+                MoveError::Machine(format!("the structure of disk {} was not announced", place.name))
+            })?;
+            images::make(&place.path, shape, &task.vm.name, task.generation)?;
+            let disk = DiskHandle::open(&place.name, &place.path, images::filling(shape))
+                .map_err(|e| MoveError::Machine(e.to_string()))?;
+            self.disks.push(disk);
+        }
+        let mut roles = vec![Role::Control, Role::Pages(0)];
+        roles.extend((0..self.disks.len()).map(|i| Role::Disk(i as u8)));
+        let mut links = task.listener.accept(&roles, CONNECT)?;
+        let mut take = |role| {
+            links.remove(&role).ok_or_else(|| MoveError::Machine(format!("{role:?} was not connected")))
+        };
+        let (sender, receiver, closer) = take(Role::Control)?.split()?;
+        self.control = Some((sender, closer));
+        self.pages = Some(PagesIn::start(ram.clone(), take(Role::Pages(0))?, task.events.0.clone())?);
+        self.ram = Some(ram);
+        for (i, disk) in self.disks.iter().enumerate() {
+            let events = task.events.0.clone();
+            let lost = move |error: MoveError| {
+                let _ = events.send(match error {
+                    MoveError::Io { .. } => Event::LinkLost(error.to_string()),
+                    error => Event::Failed(error.to_string()),
+                });
+            };
+            self.arrivals.push(BlocksIn::start(disk, Image::Own, take(Role::Disk(i as u8))?, lost)?);
+        }
+        let events = task.events.0.clone();
+        thread::Builder::new()
+            .name("control".into())
+            .spawn(move || listen_to_source(receiver, &events))
+            .map_err(MoveError::io("start a thread"))?;
+        Ok(())
+    }
+
+    fn tell(&mut self, message: &TargetMsg) {
+        let Some((sender, _)) = &mut self.control else { return };
+        let sent = control::encode(message)
+            .map_err(|e| e.to_string())
+            .and_then(|frame| sender.send(&[&frame]).map_err(|e| e.to_string()));
+        if let Err(error) = sent {
+            self.post(Event::LinkLost(error));
+        }
+    }
+
+    fn load(&mut self, bytes: &[u8]) -> Result<(), MoveError> {
+        let ram = self.ram.clone().ok_or_else(|| MoveError::Machine("no memory was made".into()))?;
+        let (sections, rest) = postcard::take_from_bytes(bytes)
+            .map_err(|e| MoveError::Machine(format!("the saved state cannot be read: {e}")))?;
+        if !rest.is_empty() {
+            return Err(MoveError::Machine("the saved state has bytes left over".into()));
+        }
+        let config = MachineConfig {
+            vcpus: self.task.vm.vcpus,
+            memory_bytes: self.task.vm.memory_mib << 20,
+            kernel: None,
+            initrd: None,
+            cmdline: String::new(),
+            disks: self
+                .disks
+                .iter()
+                .map(|disk| DiskConfig {
+                    name: disk.name().to_owned(),
+                    source: DiskSource::Open(disk.clone()),
+                })
+                .collect(),
+        };
+        let machine = Machine::restore(config, ram, sections, Arc::clone(&self.task.console))
+            .map_err(|e| MoveError::Machine(format!("load the saved state: {e}")))?;
+        self.machine = Some(machine);
+        Ok(())
+    }
+
+    fn prove(&mut self, audited: bool) -> Result<Event, MoveError> {
+        let began = Instant::now();
+        let mut counters = Counters::default();
+        let (mut chains, mut audits) = (Vec::new(), Vec::new());
+        for arrival in &self.arrivals {
+            audits.extend(arrival.finish(audited)?.audit);
+            let proof = arrival.proof();
+            counters.block_ops += proof.ops;
+            counters.block_bytes += proof.bytes;
+            chains.push(proof.digest);
+        }
+        let gone = || MoveError::Machine("no pages have arrived".into());
+        let pages = self.pages.as_ref().ok_or_else(gone)?.proof();
+        counters.data_pages = pages.data_pages;
+        counters.zero_pages = pages.zero_pages;
+        let audit = if audited {
+            let ram = self.ram.as_ref().ok_or_else(gone)?;
+            let ram = audit::ram(ram).map_err(|e| MoveError::Machine(e.to_string()))?;
+            Some(digest::combine(Some(ram), &audits))
+        } else {
+            None
+        };
+        let mut allocated = Vec::new();
+        for place in &self.task.disks {
+            let info = vmove_storage::info(&place.path).map_err(MoveError::disk(&place.name))?;
+            allocated.push(info.allocated_bytes);
+        }
+        let proof = Proof { counters, digest: digest::combine(Some(pages.digest), &chains), audit };
+        let load_us = (self.loaded_in + began.elapsed()).as_micros() as u64;
+        Ok(Event::Proved { proof, allocated, load_us })
+    }
+
+    /// After the guest runs: a stamp that could not be written is written by the next start, from the journal.
+    fn own_images(&self) {
+        for place in &self.task.disks {
+            let owned = OwnerState::Owned;
+            if let Err(error) = images::stamp(&place.path, &self.task.vm.name, self.task.generation, owned) {
+                tracing::warn!(%error, "an image is not stamped as owned yet");
+            }
+        }
+    }
+
+    fn discard(&mut self) {
+        self.pages = None;
+        self.arrivals.clear();
+        self.machine = None;
+        self.ram = None;
+        for disk in self.disks.drain(..) {
+            if let Err(error) = disk.stop() {
+                tracing::debug!(%error, "while discarding an arrival");
+            }
+        }
+        for place in &self.task.disks {
+            let stamp = vmove_storage::Stamp::read(&place.path);
+            // Only what this arrival (or an earlier attempt of the same VM) made: never a file that was there before.
+            if matches!(stamp, Ok(Some(s)) if s.vm == self.task.vm.name && s.state == OwnerState::Incoming) {
+                images::remove(&place.path);
+            }
+        }
+    }
+}
+
+fn listen_to_source(mut receiver: LinkReceiver, events: &Sender<Event>) {
+    loop {
+        let message = receiver.frame().and_then(|(header, head)| match header.kind {
+            Kind::Control => control::decode::<SourceMsg>(&head).map_err(MoveError::wire("control link")),
+            _ => Err(MoveError::Machine("the source sent data on the control link".into())),
+        });
+        let event = match message {
+            Ok(message) => Event::Source(message),
+            Err(error @ MoveError::Io { .. }) => Event::LinkLost(error.to_string()),
+            Err(error) => Event::Failed(error.to_string()),
+        };
+        let ended = !matches!(event, Event::Source(_));
+        if events.send(event).is_err() || ended {
+            return;
+        }
+    }
+}
+
+/// Names of the stop points, in the order a move meets them.
+fn name(action: &Action) -> &'static str {
+    use vmove_mirror::journal::Record;
+    match action {
+        Action::Journal(Record::Incoming { .. }) => "journal-incoming",
+        Action::Journal(Record::Prepared { .. }) => "journal-prepared",
+        Action::Journal(Record::Owner { .. }) => "journal-owner",
+        Action::Journal(_) => "journal-aborted",
+        Action::MakeImages => "make-images",
+        Action::Tell(TargetMsg::Ready) => "tell-ready",
+        Action::Tell(TargetMsg::Prepared { .. }) => "tell-prepared",
+        Action::Tell(TargetMsg::Running { .. }) => "tell-running",
+        Action::Tell(_) => "tell-refused",
+        Action::LoadState(_) => "load-state",
+        Action::Prove { .. } => "prove",
+        Action::AskVerdict => "ask-verdict",
+        Action::Run => "run",
+        Action::Discard => "discard",
+        Action::Finish { .. } => "finish",
+    }
+}

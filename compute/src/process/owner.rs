@@ -1,0 +1,562 @@
+//! The VM process's main thread: the one owner of the VM, from boot or arrival to its end.
+//!
+//! ```text
+//! Boot     -> Running -> (moves away) ended | (stopped, powered off) ended | (reset) Boot
+//! Incoming -> Running | discarded, ended | undecided -> Running or discarded
+//! ```
+//! Lives here: what the process is now, and who may change it. Never enters: how a move works, what an agent wants.
+
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+        mpsc::{self, Receiver, Sender},
+    },
+    thread,
+};
+
+use vmove_devices::ConsoleSink;
+use vmove_mirror::{
+    journal::{self, MoveId, Record, Standing},
+    source, target,
+};
+use vmove_storage::{BackingPolicy, OpenOptions, Owner, OwnerState, Stamp};
+
+use super::{
+    console::Console,
+    control,
+    protocol::{
+        CONSOLE_SOCKET, CONTROL_SOCKET, DiskPlacement, ImageShape, IncomingSpec, JOURNAL_FILE, LAUNCH_FILE,
+        LaunchSpec, Listening, MoveOrder, ProcessStatus, Reply, Request, RunState, Start, Verdict,
+    },
+};
+use crate::{
+    machine::{DiskConfig, DiskSource, ExitReason, Machine, MachineConfig},
+    migrate::{MoveError, ProgressBoard, SourceEnd, SourceMove, TargetEnd, TargetMove, VmJournal, placement},
+};
+
+/// Why the process ended other than by plan.
+#[derive(Debug, thiserror::Error)]
+pub enum ProcessError {
+    /// A file of the VM's directory.
+    #[error("{what} {path}: {source}")]
+    File {
+        /// What was tried.
+        what: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// The system's answer.
+        source: io::Error,
+    },
+    /// The launch file says nothing sensible.
+    #[error("{path} is no launch file of this version: {source}")]
+    Launch {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        source: serde_json::Error,
+    },
+    /// Images, stamps, journal.
+    #[error(transparent)]
+    Storage(#[from] vmove_storage::BlockError),
+    /// The machine could not be built or has failed.
+    #[error(transparent)]
+    Machine(#[from] crate::machine::Error),
+    /// The journal says that the VM may not run here.
+    #[error("VM {vm} may not be started here: {why}")]
+    NotOurs {
+        /// Its name.
+        vm: String,
+        /// What the journal says.
+        why: String,
+    },
+    /// The arrival or a move ended in a state in which nobody may run.
+    #[error("{0}")]
+    Settle(String),
+    /// The guest.
+    #[error("the guest has failed: {0}")]
+    Guest(String),
+    /// The parts of a move.
+    #[error(transparent)]
+    Move(#[from] MoveError),
+}
+
+/// What wakes the main thread.
+enum Wake {
+    GuestEnded(ExitReason),
+    MoveEnded(SourceEnd),
+    Stop,
+}
+
+struct State {
+    run: RunState,
+    machine: Option<Arc<Machine>>,
+    generation: u64,
+    disks: Vec<DiskPlacement>,
+    spec: LaunchSpec,
+    moving: Option<(String, Sender<source::Event>)>,
+    arriving: Option<Sender<target::Event>>,
+    undecided: Option<Arc<AtomicBool>>,
+    listening: Option<Listening>,
+}
+
+/// What the main thread, the control socket and the console share.
+struct Shared {
+    dir: PathBuf,
+    state: Mutex<State>,
+    journal: Arc<Mutex<VmJournal>>,
+    board: Arc<ProgressBoard>,
+    wake: Sender<Wake>,
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn journal(&self) -> MutexGuard<'_, VmJournal> {
+        self.journal.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Runs the VM whose directory this is, until it ends here.
+pub fn run(dir: &Path) -> Result<(), ProcessError> {
+    let launch = dir.join(LAUNCH_FILE);
+    let text = fs::read(&launch).map_err(file("read", &launch))?;
+    let spec: LaunchSpec =
+        serde_json::from_slice(&text).map_err(|source| ProcessError::Launch { path: launch, source })?;
+    let journal = VmJournal::open(&dir.join(JOURNAL_FILE))?;
+    let (wake, woken) = mpsc::channel();
+    let shared = Arc::new(Shared {
+        dir: dir.to_owned(),
+        state: Mutex::new(State {
+            run: match spec.start {
+                Start::Boot => RunState::Running,
+                Start::Incoming(_) => RunState::Incoming,
+            },
+            machine: None,
+            generation: spec.generation,
+            disks: spec.disks.clone(),
+            spec: spec.clone(),
+            moving: None,
+            arriving: None,
+            undecided: None,
+            listening: None,
+        }),
+        journal: Arc::new(Mutex::new(journal)),
+        board: Arc::new(ProgressBoard::new(&dir.join("moves"))),
+        wake,
+    });
+    let console = Console::default();
+    let machine = match &spec.start {
+        Start::Boot => {
+            own(&shared)?;
+            let machine = boot(&shared, &console)?;
+            serve(&shared, &console)?;
+            machine.resume()?;
+            machine
+        }
+        Start::Incoming(incoming) => match arrive(&shared, &console, incoming)? {
+            Some(machine) => machine,
+            None => return Ok(()),
+        },
+    };
+    live(&shared, &console, machine, &woken)
+}
+
+fn file(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> ProcessError {
+    let path = path.to_owned();
+    move |source| ProcessError::File { what, path, source }
+}
+
+/// Makes sure that the journal gives this host the VM, ends what a crash left open, and brings the stamps up to date.
+fn own(shared: &Shared) -> Result<(), ProcessError> {
+    let mut state = shared.lock();
+    let vm = state.spec.vm.name.clone();
+    let mut journal = shared.journal();
+    let append = |journal: &mut VmJournal, record: &Record| {
+        journal.append(record).map_err(|e| ProcessError::Settle(e.to_string()))
+    };
+    match journal.standing().clone() {
+        Standing::Nothing => {
+            let disks = state.disks.iter().map(placement).collect();
+            append(&mut journal, &Record::Owner { generation: state.generation, disks })?;
+        }
+        // The process that moved it died before the commit: it can never commit now.
+        Standing::Moving { move_id, .. } => append(&mut journal, &Record::Aborted { move_id })?,
+        Standing::Owner { .. } => {}
+        other => return Err(ProcessError::NotOurs { vm, why: format!("{other:?}") }),
+    }
+    let Standing::Owner { generation, disks } = journal.standing().clone() else {
+        return Err(ProcessError::NotOurs { vm, why: format!("{:?}", journal.standing()) });
+    };
+    state.generation = generation;
+    for at in &disks {
+        if let Some(place) = state.disks.iter_mut().find(|place| place.name == at.name) {
+            place.datastore.clone_from(&at.datastore);
+            place.path = PathBuf::from(&at.path);
+        }
+    }
+    for place in &state.disks {
+        // The journal is what counts; a crash between it and the stamps leaves these behind.
+        let stamp = Stamp::read(&place.path)?;
+        let ours = stamp
+            .as_ref()
+            .is_none_or(|s| s.vm == vm && s.generation <= generation && s.state != OwnerState::Stale);
+        if ours && stamp.is_none_or(|s| s.generation != generation || s.state != OwnerState::Owned) {
+            Stamp { vm: vm.clone(), generation, state: OwnerState::Owned }.write(&place.path)?;
+        }
+    }
+    sync_definition(&mut state);
+    Ok(())
+}
+
+/// The definition names the datastores as they are now.
+fn sync_definition(state: &mut State) {
+    for disk in &mut state.spec.vm.disks {
+        if let Some(place) = state.disks.iter().find(|place| place.name == disk.name) {
+            disk.datastore.clone_from(&place.datastore);
+        }
+    }
+}
+
+fn boot(shared: &Shared, console: &Console) -> Result<Arc<Machine>, ProcessError> {
+    let mut state = shared.lock();
+    let spec = &state.spec;
+    let disks = spec
+        .vm
+        .disks
+        .iter()
+        .filter_map(|disk| {
+            let place = state.disks.iter().find(|place| place.name == disk.name)?;
+            let options = OpenOptions {
+                read_only: disk.read_only,
+                format: Some(crate::migrate::image_format(disk.format)),
+                backing: BackingPolicy::Deny,
+                owner: Some(Owner { vm: spec.vm.name.clone(), generation: state.generation }),
+            };
+            let source = DiskSource::Image { path: place.path.clone(), options };
+            Some(DiskConfig { name: disk.name.clone(), source })
+        })
+        .collect();
+    let config = MachineConfig {
+        vcpus: spec.vm.vcpus,
+        memory_bytes: spec.vm.memory_mib << 20,
+        kernel: Some(spec.kernel.clone()),
+        initrd: spec.initrd.clone(),
+        cmdline: spec.vm.cmdline.clone(),
+        disks,
+    };
+    let machine = Arc::new(Machine::boot(config, sink(console))?);
+    state.machine = Some(Arc::clone(&machine));
+    Ok(machine)
+}
+
+fn sink(console: &Console) -> ConsoleSink {
+    Arc::new(Mutex::new(console.clone()))
+}
+
+fn serve(shared: &Arc<Shared>, console: &Console) -> Result<(), ProcessError> {
+    let typed = Arc::clone(shared);
+    let path = shared.dir.join(CONSOLE_SOCKET);
+    console
+        .serve(&path, move |bytes| {
+            let machine = typed.lock().machine.clone();
+            if let Some(machine) = machine {
+                machine.console_input(bytes);
+            }
+        })
+        .map_err(file("listen on", &path))?;
+    let asked = Arc::clone(shared);
+    let path = shared.dir.join(CONTROL_SOCKET);
+    control::serve(&path, move |request| answer(&asked, request)).map_err(file("listen on", &path))
+}
+
+/// Takes a VM in; none if it did not come.
+fn arrive(
+    shared: &Arc<Shared>,
+    console: &Console,
+    incoming: &IncomingSpec,
+) -> Result<Option<Arc<Machine>>, ProcessError> {
+    let (vm, generation, disks, identity) = {
+        let state = shared.lock();
+        (state.spec.vm.clone(), state.generation, state.disks.clone(), state.spec.identity.clone())
+    };
+    let (sender, inbox) = mpsc::channel();
+    let (arrival, listening) = TargetMove::listen(
+        incoming.clone(),
+        vm,
+        generation,
+        disks,
+        identity.as_ref(),
+        Arc::clone(&shared.journal),
+        sink(console),
+        (sender.clone(), inbox),
+    )?;
+    {
+        let mut state = shared.lock();
+        state.arriving = Some(sender);
+        state.undecided = Some(Arc::clone(&arrival.undecided));
+        state.listening = Some(listening);
+    }
+    serve(shared, console)?;
+    match arrival.run() {
+        TargetEnd::Running(machine) => {
+            let machine = Arc::new(*machine);
+            let mut state = shared.lock();
+            state.machine = Some(Arc::clone(&machine));
+            state.run = RunState::Running;
+            state.arriving = None;
+            state.undecided = None;
+            state.listening = None;
+            sync_definition(&mut state);
+            Ok(Some(machine))
+        }
+        TargetEnd::Refused(why) => {
+            tracing::info!(why, "the VM did not come");
+            Ok(None)
+        }
+        TargetEnd::Broken(why) => Err(ProcessError::Settle(why)),
+    }
+}
+
+/// A running VM, until it ends here.
+fn live(
+    shared: &Arc<Shared>,
+    console: &Console,
+    mut machine: Arc<Machine>,
+    woken: &Receiver<Wake>,
+) -> Result<(), ProcessError> {
+    watch(shared, &machine);
+    loop {
+        match woken.recv() {
+            Ok(Wake::Stop) => {
+                shared.lock().run = RunState::Leaving;
+                return end(shared, machine);
+            }
+            Ok(Wake::MoveEnded(end_of_move)) => match end_of_move {
+                SourceEnd::Stayed => shared.lock().moving = None,
+                SourceEnd::Pivoted { disks, generation } => {
+                    let mut state = shared.lock();
+                    state.moving = None;
+                    state.disks = disks;
+                    state.generation = generation;
+                    sync_definition(&mut state);
+                }
+                SourceEnd::Moved { .. } => {
+                    let mut state = shared.lock();
+                    state.run = RunState::Leaving;
+                    state.machine = None;
+                    return Ok(());
+                }
+                SourceEnd::Fenced(why) => return Err(ProcessError::Settle(why)),
+            },
+            Ok(Wake::GuestEnded(reason)) => {
+                let moving = shared.lock().moving.as_ref().map(|(_, events)| events.clone());
+                if let Some(events) = moving {
+                    // The move gives up and says so; then this comes up again.
+                    let _ = events.send(source::Event::Failed("the guest has ended".into()));
+                    if let Ok(Wake::MoveEnded(SourceEnd::Moved { .. } | SourceEnd::Fenced(_))) = woken.recv()
+                    {
+                        return Ok(());
+                    }
+                    shared.lock().moving = None;
+                }
+                match reason {
+                    ExitReason::Shutdown => return end(shared, machine),
+                    ExitReason::Reset => {
+                        shared.lock().machine = None;
+                        stop(machine)?;
+                        machine = boot(shared, console)?;
+                        machine.resume()?;
+                        watch(shared, &machine);
+                    }
+                    ExitReason::Error(why) => {
+                        end(shared, machine)?;
+                        return Err(ProcessError::Guest(why));
+                    }
+                }
+            }
+            Err(_) => return end(shared, machine),
+        }
+    }
+}
+
+/// Reports the guest's end to the main thread. Holds no machine alive that was replaced or moved away.
+fn watch(shared: &Arc<Shared>, machine: &Arc<Machine>) {
+    let (wake, watched) = (shared.wake.clone(), machine.exit_watch());
+    let spawned = thread::Builder::new().name("guest-end".into()).spawn(move || {
+        let _ = wake.send(Wake::GuestEnded(watched.wait()));
+    });
+    if let Err(error) = spawned {
+        tracing::error!(%error, "the guest's end will not be noticed");
+    }
+}
+
+fn end(shared: &Shared, machine: Arc<Machine>) -> Result<(), ProcessError> {
+    shared.lock().machine = None;
+    stop(machine)
+}
+
+/// Pauses the guest, then closes its images cleanly.
+fn stop(machine: Arc<Machine>) -> Result<(), ProcessError> {
+    machine.pause()?;
+    for disk in machine.disks() {
+        disk.stop().map_err(crate::machine::Error::Device)?;
+    }
+    Ok(())
+}
+
+fn answer(shared: &Arc<Shared>, request: Request) -> Reply {
+    match request {
+        Request::Status => Reply::Status(status(shared)),
+        Request::MoveStatus => Reply::MoveStatus(shared.board.get().map(Box::new)),
+        Request::Stop => {
+            let state = shared.lock();
+            if let Some(arriving) = &state.arriving {
+                let _ = arriving.send(target::Event::Failed("the target was told to stop".into()));
+                return Reply::Ok;
+            }
+            if let Some((id, _)) = &state.moving {
+                return Reply::Error(format!("the VM is on the move ({id}): cancel that first"));
+            }
+            drop(state);
+            let _ = shared.wake.send(Wake::Stop);
+            Reply::Ok
+        }
+        Request::Move(order) => match begin_move(shared, *order) {
+            Ok(()) => Reply::Ok,
+            Err(why) => Reply::Error(why),
+        },
+        Request::Cancel => {
+            let state = shared.lock();
+            if let Some((_, events)) = &state.moving {
+                let _ = events.send(source::Event::Cancel);
+                return Reply::Ok;
+            }
+            if let Some(arriving) = &state.arriving {
+                let _ = arriving.send(target::Event::Failed("cancelled".into()));
+                return Reply::Ok;
+            }
+            Reply::Error("no move is under way".into())
+        }
+        Request::Verdict { move_id } => match MoveId::new(move_id) {
+            Ok(id) => Reply::Verdict(verdict(shared, &id)),
+            Err(error) => Reply::Error(error.to_string()),
+        },
+        Request::Resolve { move_id, verdict } => resolve(shared, &move_id, verdict),
+    }
+}
+
+fn status(shared: &Shared) -> ProcessStatus {
+    let state = shared.lock();
+    let undecided = state.undecided.as_ref().is_some_and(|u| u.load(Ordering::SeqCst));
+    let incoming = match &state.spec.start {
+        Start::Incoming(spec) if state.arriving.is_some() => {
+            Some((spec.move_id.clone(), spec.from_host.clone()))
+        }
+        _ => None,
+    };
+    ProcessStatus {
+        state: if undecided { RunState::Undecided } else { state.run },
+        pid: std::process::id(),
+        generation: state.generation,
+        disks: state.disks.clone(),
+        vm: state.spec.vm.clone(),
+        listening: state.listening.clone(),
+        incoming,
+        moving: state.moving.as_ref().map(|(id, _)| id.clone()),
+    }
+}
+
+fn begin_move(shared: &Arc<Shared>, order: MoveOrder) -> Result<(), String> {
+    let mut state = shared.lock();
+    if let Some((id, _)) = &state.moving {
+        return Err(format!("the VM is on the move already ({id})"));
+    }
+    let Some(machine) = state.machine.clone() else {
+        return Err("the VM does not run here".into());
+    };
+    MoveId::new(&order.move_id).map_err(|e| e.to_string())?;
+    let moves = order.target.is_some();
+    let copied = |name: &str| order.copies.iter().any(|copy| copy.name == name);
+    if let Some(disk) = state.disks.iter().find(|disk| moves && !copied(&disk.name)) {
+        return Err(format!("disk {} has no place on {}", disk.name, order.to.host));
+    }
+    let mut shapes = Vec::new();
+    for copy in &order.copies {
+        let place = state.disks.iter().find(|place| place.name == copy.name);
+        let definition = state.spec.vm.disks.iter().find(|disk| disk.name == copy.name);
+        let (Some(place), Some(definition)) = (place, definition) else {
+            return Err(format!("the VM has no disk {}", copy.name));
+        };
+        let info = vmove_storage::info(&place.path).map_err(|e| e.to_string())?;
+        shapes.push(ImageShape {
+            name: copy.name.clone(),
+            format: definition.format,
+            virtual_bytes: info.virtual_bytes,
+            cluster_bytes: info.cluster_bytes.unwrap_or(0),
+            allocated_bytes: info.allocated_bytes,
+        });
+    }
+    if shapes.is_empty() && !moves {
+        return Err("nothing is to be moved: the disks are there already".into());
+    }
+    let (sender, inbox) = mpsc::channel();
+    let task = SourceMove {
+        machine,
+        journal: Arc::clone(&shared.journal),
+        vm: state.spec.vm.clone(),
+        generation: state.generation,
+        disks: state.disks.clone(),
+        shapes,
+        identity: state.spec.identity.clone(),
+        board: Arc::clone(&shared.board),
+        events: (sender.clone(), inbox),
+        order,
+    };
+    state.moving = Some((task.order.move_id.clone(), sender));
+    // So that a question right after the answer finds the new move.
+    shared.board.begin(&task.order.move_id);
+    let wake = shared.wake.clone();
+    let spawned = thread::Builder::new().name("move".into()).spawn(move || {
+        let ended = task.run();
+        let _ = wake.send(Wake::MoveEnded(ended));
+    });
+    spawned.map(|_| ()).map_err(|e| {
+        state.moving = None;
+        format!("cannot start a thread: {e}")
+    })
+}
+
+/// The source's word on a move. A target only asks when it cannot hear us: a move that has not committed is given up, and the
+/// answer is "aborted" only once that is on disk.
+fn verdict(shared: &Shared, id: &MoveId) -> Verdict {
+    let answer = match shared.journal().fold().verdict(id) {
+        journal::Verdict::Committed => Verdict::Committed,
+        journal::Verdict::Aborted => Verdict::Aborted,
+        journal::Verdict::Moving => Verdict::Moving,
+    };
+    if answer == Verdict::Moving
+        && let Some((_, events)) = &shared.lock().moving
+    {
+        let _ = events.send(source::Event::LinkLost("the target has asked how it ended".into()));
+    }
+    answer
+}
+
+fn resolve(shared: &Shared, move_id: &str, verdict: Verdict) -> Reply {
+    let state = shared.lock();
+    let arriving = match (&state.spec.start, &state.arriving) {
+        (Start::Incoming(spec), Some(arriving)) if spec.move_id == move_id => arriving,
+        _ => return Reply::Error(format!("move {move_id} is not waiting for a decision here")),
+    };
+    let _ = arriving.send(target::Event::Resolved(match verdict {
+        Verdict::Committed => journal::Verdict::Committed,
+        Verdict::Aborted => journal::Verdict::Aborted,
+        Verdict::Moving => journal::Verdict::Moving,
+    }));
+    Reply::Ok
+}
