@@ -281,6 +281,41 @@ mod tests {
         Ok(())
     }
 
+    #[tokio::test]
+    async fn a_console_passes_bytes_both_ways() -> anyhow::Result<()> {
+        let dir = tempfile::tempdir()?;
+        let path = dir.path().join("a.sock");
+        let listener = UnixListener::bind(&path)?;
+        let guest = async move {
+            let (mut stream, _) = listener.accept().await?;
+            let mut seen = Vec::new();
+            while !seen.ends_with(b"\r\n\r\n") && stream.read_buf(&mut seen).await? > 0 {}
+            let answer = b"HTTP/1.1 101 Switching Protocols\r\nconnection: upgrade\r\nupgrade: vmove-console\r\n\r\nboot\n";
+            stream.write_all(answer).await?;
+            let mut key = [0];
+            stream.read_exact(&mut key).await?;
+            stream.write_all(&key).await?;
+            anyhow::Ok(String::from_utf8_lossy(&seen).to_lowercase())
+        };
+        let user = async {
+            let mut console = Client::unix(&path).console("vm1").await?;
+            let mut boot = [0; 5];
+            console.read_exact(&mut boot).await?;
+            console.write_all(b"c").await?;
+            let mut rest = Vec::new();
+            console.read_to_end(&mut rest).await?;
+            anyhow::Ok((boot, rest))
+        };
+        let (asked, seen) = tokio::join!(guest, user);
+        let asked = asked?;
+        assert!(
+            asked.starts_with("get /v1/vms/vm1/console ") && asked.contains("upgrade: vmove-console"),
+            "{asked}"
+        );
+        assert_eq!(seen?, (*b"boot\n", b"c".to_vec()));
+        Ok(())
+    }
+
     #[test]
     fn segments_cannot_leave_their_place() {
         assert_eq!(segment("vm-1_a.b"), "vm-1_a.b");

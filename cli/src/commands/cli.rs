@@ -11,6 +11,7 @@ use super::create::CreateArgs;
 use super::hosts::{DatastoreCommand, HostCommand};
 use super::image::ImageCommand;
 use super::move_vm::{MoveArgs, MoveIdArgs};
+use super::vm_process::VmProcessArgs;
 use super::vms::{ListArgs, ShowArgs, VmArgs};
 use crate::bench::BenchArgs;
 use crate::demo::DemoArgs;
@@ -75,6 +76,9 @@ pub enum Command {
     Demo(DemoArgs),
     /// Measure moves against the limits of this machine
     Bench(BenchArgs),
+    /// The process of one VM (started by the agent)
+    #[command(hide = true)]
+    VmProcess(VmProcessArgs),
 }
 
 /// Parses the program's words. A first word that is no command is the name of a VM to move.

@@ -1,7 +1,9 @@
-//! `vmove image info`: what an image says about itself. Needs no agent.
+//! `vmove image info|check`: what an image says about itself, and whether it is sound. Needs no agent.
 
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
+
+use vmove_storage::check::CheckReport;
 
 use super::CommandError;
 use crate::render::{self, units};
@@ -11,6 +13,8 @@ use crate::render::{self, units};
 pub enum ImageCommand {
     /// Format, sizes and relations of an image
     Info(ImageArgs),
+    /// Compare the tables of a qcow2 image with its refcounts; exit code 1 if it has errors
+    Check(CheckArgs),
 }
 
 /// Arguments of the image commands.
@@ -24,11 +28,23 @@ pub struct ImageArgs {
     pub json: bool,
 }
 
+/// Arguments of `vmove image check`.
+#[derive(Debug, Clone, PartialEq, Eq, clap::Args)]
+pub struct CheckArgs {
+    /// The image and the output.
+    #[command(flatten)]
+    pub image: ImageArgs,
+    /// Rebuild the refcounts if they are wrong, and remove the marks of an unclean end
+    #[arg(long)]
+    pub repair: bool,
+}
+
 impl ImageCommand {
     /// Runs the command.
     pub fn run(&self) -> Result<(), CommandError> {
         match self {
             Self::Info(args) => info(&args.file, args.json),
+            Self::Check(args) => args.run(),
         }
     }
 }
@@ -67,4 +83,54 @@ fn info(path: &Path, json: bool) -> Result<(), CommandError> {
     }
     render::print(&text)?;
     Ok(())
+}
+
+impl CheckArgs {
+    fn run(&self) -> Result<(), CommandError> {
+        let path = &self.image.file;
+        let work = if self.repair { vmove_storage::repair::repair } else { vmove_storage::check::check };
+        let report = work(path).map_err(CommandError::failed)?;
+        if self.image.json {
+            render::print_json(&report)?;
+        } else {
+            render::print(&findings(path, &report))?;
+        }
+        if report.repaired || !(report.has_errors() || report.dirty || report.corrupt) {
+            return Ok(());
+        }
+        let advice = if report.invalid_entries > 0 {
+            "its tables are damaged and cannot be repaired: restore the image from a copy"
+        } else {
+            "'vmove image check --repair' can put this right"
+        };
+        Err(CommandError::failed(format!("{} is not sound; {advice}", path.display())))
+    }
+}
+
+fn findings(path: &Path, report: &CheckReport) -> String {
+    let mut text = format!("{}: ", path.display());
+    let found = [
+        (report.invalid_entries, "invalid table entries"),
+        (report.refcounts_too_low, "refcounts that are too low"),
+        (report.wrong_copied_marks, "wrong copied marks"),
+        (report.leaked_clusters, "leaked clusters"),
+        (u64::from(report.dirty), "mark of an unclean end"),
+        (u64::from(report.corrupt), "mark of corruption"),
+    ];
+    let found: Vec<String> =
+        found.iter().filter(|(count, _)| *count > 0).map(|(count, what)| format!("{count} {what}")).collect();
+    text.push_str(&if found.is_empty() { "no problems".to_owned() } else { found.join(", ") });
+    text.push_str(if report.repaired { ": repaired\n" } else { "\n" });
+    for message in &report.messages {
+        let _ = writeln!(text, "  {message}");
+    }
+    let _ = writeln!(
+        text,
+        "  {} of {} clusters of {} in use, {} compressed",
+        report.data_clusters,
+        report.virtual_clusters,
+        units::size(report.cluster_bytes),
+        report.compressed_clusters
+    );
+    text
 }

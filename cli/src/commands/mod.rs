@@ -10,6 +10,7 @@ mod error;
 mod hosts;
 mod image;
 mod move_vm;
+mod vm_process;
 mod vms;
 
 use std::ffi::OsString;
@@ -40,12 +41,15 @@ pub fn main(words: impl IntoIterator<Item = OsString>) -> ExitCode {
 }
 
 fn run(cli: Cli) -> Result<(), CommandError> {
-    logging("warn");
+    logging(if matches!(cli.command, Command::VmProcess(_)) { "info" } else { "warn" });
     let agent = cli.agent;
     match cli.command {
         Command::Image(image) => image.run(),
+        Command::VmProcess(args) => args.run(),
         Command::Demo(args) => blocking(async move { args.run().await }),
         Command::Bench(args) => blocking(async move { args.run().await }),
+        // A mistyped command is taken for a VM: say so before looking for an agent.
+        Command::Move(ref args) if args.goes_nowhere() => Err(args.where_to()),
         command => blocking(async move { with_agent(command, &client::discover(agent.as_deref())?).await }),
     }
 }
@@ -65,7 +69,9 @@ async fn with_agent(command: Command, client: &Client) -> Result<(), CommandErro
         Command::Cancel(args) => args.cancel(client).await,
         Command::Host(command) => command.run(client).await,
         Command::Datastore(command) => command.run(client).await,
-        Command::Image(_) | Command::Demo(_) | Command::Bench(_) => unreachable!("these ask no agent"),
+        Command::Image(_) | Command::Demo(_) | Command::Bench(_) | Command::VmProcess(_) => {
+            unreachable!("these ask no agent")
+        }
     }
 }
 

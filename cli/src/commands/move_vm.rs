@@ -73,13 +73,23 @@ fn rate(text: &str) -> Result<u64, String> {
 }
 
 impl MoveArgs {
+    /// No target is named.
+    pub fn goes_nowhere(&self) -> bool {
+        self.host.is_none() && self.datastore.is_none() && self.disk.is_empty()
+    }
+
+    /// The usage error for that.
+    pub fn where_to(&self) -> CommandError {
+        CommandError::Usage(format!(
+            "where to? Name --host, --datastore or --disk to move the VM '{}' ('vmove --help' lists the commands)",
+            self.vm
+        ))
+    }
+
     /// The request to the agent.
     fn request(&self) -> Result<MoveRequest, CommandError> {
-        if self.host.is_none() && self.datastore.is_none() && self.disk.is_empty() {
-            return Err(CommandError::Usage(format!(
-                "where to? Name --host, --datastore or --disk to move the VM '{}' ('vmove --help' lists the commands)",
-                self.vm
-            )));
+        if self.goes_nowhere() {
+            return Err(self.where_to());
         }
         let mut disks = BTreeMap::new();
         for (name, datastore) in &self.disk {

@@ -9,7 +9,7 @@ use super::guest::Check;
 use super::rig::{DATASTORES, HOSTS, Rig};
 use super::watch::Watch;
 use crate::api::types::{
-    CreateVm, DiskDefinition, DiskFormat, MoveAnswer, MoveProgress, MoveReport, MoveRequest, VmDefinition,
+    CreateVm, DiskDefinition, DiskFormat, MoveAnswer, MoveReport, MoveRequest, VmDefinition,
 };
 use crate::client::Client;
 use crate::commands::CommandError;
@@ -190,7 +190,7 @@ fn definition() -> VmDefinition {
 /// One move, with the guest's view of it.
 async fn one_move(agent: &Client, watch: &Watch, request: &MoveRequest) -> Result<DemoMove, DemoError> {
     let before = watch.log().last_seq();
-    let report = order(agent, VM, request, POLL, |_| {}).await?;
+    let report = order(agent, VM, request, POLL).await?;
     let ended = watch.log().last_seq();
     let beats = move |log: &super::guest::GuestLog| log.since(ended).count() >= HEARTBEATS;
     let log = watch.until("the guest's heartbeat after the move", HEARTBEAT_LIMIT, beats).await?;
@@ -203,7 +203,6 @@ pub async fn order(
     vm: &str,
     request: &MoveRequest,
     poll: Duration,
-    mut seen: impl FnMut(&MoveProgress),
 ) -> Result<MoveReport, DemoError> {
     let target = [request.host.as_deref(), request.datastore.as_deref()];
     let title = format!("{vm} -> {}", target.into_iter().flatten().collect::<Vec<_>>().join("/"));
@@ -213,14 +212,8 @@ pub async fn order(
         return Err(DemoError::Move { title, reason: "the agent answered with a plan".to_owned() });
     };
     let mut bars = MoveBars::new(&title, true);
-    let followed = tokio::time::timeout(
-        MOVE_LIMIT,
-        agent.follow(&accepted.move_id, poll, |progress| {
-            bars.update(progress);
-            seen(progress);
-        }),
-    )
-    .await;
+    let follow = agent.follow(&accepted.move_id, poll, |progress| bars.update(progress));
+    let followed = tokio::time::timeout(MOVE_LIMIT, follow).await;
     bars.finish();
     let ended = match followed {
         Ok(ended) => ended.map_err(DemoError::client(format!("following the move {title}")))?,
