@@ -225,7 +225,10 @@ fn a_running_guest_moves_host_and_datastore_again_and_again() {
         process.check_all();
         for n in 1..=5 {
             let (next, report) = move_to(root.path(), &format!("p{n}"), process, &vm);
-            println!("{vcpus} vCPUs, move {n}: downtime {} ms, {:?}", report.downtime_ms, report.memory);
+            println!(
+                "{vcpus} vCPUs, move {n}: downtime {} ms, {:?}, {:?}",
+                report.downtime_ms, report.downtime, report.memory
+            );
             next.line("hb", 0);
             process = next;
         }

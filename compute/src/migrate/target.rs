@@ -37,7 +37,7 @@ use super::{
     stop_points,
 };
 use crate::{
-    machine::{DiskConfig, DiskSource, Machine, MachineConfig},
+    machine::{DiskConfig, DiskSource, Machine, MachineConfig, PreparedMachine},
     memory::GuestRam,
     process::protocol::{DiskPlacement, IdentityPaths, IncomingSpec, Listening, VmDefinition},
 };
@@ -83,6 +83,7 @@ struct Driver {
     arrivals: Vec<BlocksIn>,
     pages: Option<PagesIn>,
     control: Option<(LinkSender, LinkCloser)>,
+    prepared: Option<PreparedMachine>,
     machine: Option<Machine>,
     loaded_in: Duration,
     commit_seen: Option<Instant>,
@@ -127,6 +128,7 @@ impl TargetMove {
             arrivals: Vec::new(),
             pages: None,
             control: None,
+            prepared: None,
             machine: None,
             loaded_in: Duration::ZERO,
             commit_seen: None,
@@ -247,6 +249,8 @@ impl Driver {
                 .map_err(|e| MoveError::Machine(e.to_string()))?;
             self.disks.push(disk);
         }
+        self.prepare(ram.clone())?;
+        let task = &self.task;
         let mut roles = vec![Role::Control, Role::Pages(0)];
         roles.extend((0..self.disks.len()).map(|i| Role::Disk(i as u8)));
         let mut links = task.listener.accept(&roles, CONNECT)?;
@@ -285,13 +289,8 @@ impl Driver {
         }
     }
 
-    fn load(&mut self, bytes: &[u8]) -> Result<(), MoveError> {
-        let ram = self.ram.clone().ok_or_else(|| MoveError::Machine("no memory was made".into()))?;
-        let (sections, rest) = postcard::take_from_bytes(bytes)
-            .map_err(|e| MoveError::Machine(format!("the saved state cannot be read: {e}")))?;
-        if !rest.is_empty() {
-            return Err(MoveError::Machine("the saved state has bytes left over".into()));
-        }
+    /// Everything of the machine that does not depend on its state, so that the guest does not wait for it.
+    fn prepare(&mut self, ram: GuestRam) -> Result<(), MoveError> {
         let config = MachineConfig {
             vcpus: self.task.vm.vcpus,
             memory_bytes: self.task.vm.memory_mib << 20,
@@ -307,7 +306,21 @@ impl Driver {
                 })
                 .collect(),
         };
-        let machine = Machine::restore(config, ram, sections, Arc::clone(&self.task.console))
+        let prepared = Machine::prepare(config, ram, Arc::clone(&self.task.console));
+        self.prepared = Some(prepared.map_err(|e| MoveError::Machine(format!("prepare the machine: {e}")))?);
+        Ok(())
+    }
+
+    fn load(&mut self, bytes: &[u8]) -> Result<(), MoveError> {
+        let prepared =
+            self.prepared.take().ok_or_else(|| MoveError::Machine("no machine was prepared".into()))?;
+        let (sections, rest) = postcard::take_from_bytes(bytes)
+            .map_err(|e| MoveError::Machine(format!("the saved state cannot be read: {e}")))?;
+        if !rest.is_empty() {
+            return Err(MoveError::Machine("the saved state has bytes left over".into()));
+        }
+        let machine = prepared
+            .restore(sections)
             .map_err(|e| MoveError::Machine(format!("load the saved state: {e}")))?;
         self.machine = Some(machine);
         Ok(())
@@ -358,6 +371,7 @@ impl Driver {
     fn discard(&mut self) {
         self.pages = None;
         self.arrivals.clear();
+        self.prepared = None;
         self.machine = None;
         self.ram = None;
         for disk in self.disks.drain(..) {
