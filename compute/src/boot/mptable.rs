@@ -7,8 +7,9 @@ use crate::memory::GuestRam;
 
 const LOCAL_APIC: u32 = 0xfee0_0000;
 const IO_APIC: u32 = 0xfec0_0000;
-/// Version register of KVM's APICs.
+/// Version registers of KVM's local and I/O APIC.
 const APIC_VERSION: u8 = 0x14;
+const IO_APIC_VERSION: u8 = 0x11;
 /// ISA lines.
 const LINES: u8 = 16;
 /// Most that is written; room for 190 vCPUs.
@@ -71,7 +72,7 @@ fn table(vcpus: u8) -> Vec<u8> {
     entry(b"\x01\x01ISA   ");
     // I/O APIC (4.3.3).
     let address = IO_APIC.to_le_bytes();
-    entry(&[2, io_apic, APIC_VERSION, 1, address[0], address[1], address[2], address[3]]);
+    entry(&[2, io_apic, IO_APIC_VERSION, 1, address[0], address[1], address[2], address[3]]);
     // Interrupts of the ISA bus (4.3.4): line to pin one to one, the timer's too, as KVM wires them unless told
     // otherwise. Line 2 is the cascade of the PICs.
     for line in (0..LINES).filter(|line| *line != 2) {
