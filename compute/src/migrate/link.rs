@@ -106,6 +106,10 @@ impl Link {
     {
         let (mut sender, mut receiver, _closer) = self.split()?;
         let value = words(&mut sender, &mut receiver)?;
+        if !receiver.cipher.is_empty() {
+            // Neither side may run ahead before the last of these words.
+            return Err(io::Error::from(io::ErrorKind::InvalidData).into());
+        }
         Ok((Self { socket: receiver.socket, session: receiver.session }, value))
     }
 
@@ -115,7 +119,7 @@ impl Link {
         let sender =
             LinkSender { socket: self.socket.try_clone()?, session: session.clone(), cipher: Vec::new() };
         let closer = LinkCloser(Arc::new(self.socket.try_clone()?));
-        let receiver = LinkReceiver { socket: self.socket, session, bounce: Vec::new() };
+        let receiver = LinkReceiver { socket: self.socket, session, bounce: Vec::new(), cipher: 0..0 };
         Ok((sender, receiver, closer))
     }
 }
@@ -211,6 +215,8 @@ pub struct LinkReceiver {
     socket: Socket,
     session: Option<Session>,
     bounce: Vec<u8>,
+    /// Part of `bounce` that the session has not taken in yet.
+    cipher: std::ops::Range<usize>,
 }
 
 impl LinkReceiver {
@@ -229,18 +235,22 @@ impl LinkReceiver {
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
                 Err(e) => return Err(e),
             }
-            self.bounce.resize(TLS_CHUNK, 0);
-            let n = match self.socket.read(&mut self.bounce) {
-                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
-                Ok(n) => n,
-                Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
-                Err(e) => return Err(e),
-            };
-            let mut cipher = &self.bounce[..n];
-            let mut session = lock(&session);
-            while !cipher.is_empty() {
-                session.read_tls(&mut cipher)?;
+            // The session takes in about a record at a time, and no more before its plaintext has been read.
+            if !self.cipher.is_empty() {
+                let mut session = lock(&session);
+                let mut rest = &self.bounce[self.cipher.clone()];
+                let before = rest.len();
+                session.read_tls(&mut rest)?;
+                self.cipher.start += before - rest.len();
                 session.process_new_packets().map_err(|e| io::Error::new(io::ErrorKind::InvalidData, e))?;
+                continue;
+            }
+            self.bounce.resize(TLS_CHUNK, 0);
+            match self.socket.read(&mut self.bounce) {
+                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                Ok(n) => self.cipher = 0..n,
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) => return Err(e),
             }
         }
         Ok(())

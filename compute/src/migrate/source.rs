@@ -48,6 +48,9 @@ use crate::{
 /// How often the engine's state is shown when nothing happens.
 const GLANCE: Duration = Duration::from_millis(100);
 
+/// How long a refusal may lag behind the end of the data connections.
+const LAST_WORD: Duration = Duration::from_millis(500);
+
 /// A move to be made from here.
 pub struct SourceMove {
     /// The running machine.
@@ -220,17 +223,38 @@ impl Driver {
                 }
             }
             let event = match inbox.recv_timeout(GLANCE) {
-                Ok(event) => Some(event),
+                Ok(event) => Some(self.reason(event, inbox)),
                 Err(RecvTimeoutError::Timeout) => self.overdue(&engine),
                 // The driver itself holds a sender.
                 Err(RecvTimeoutError::Disconnected) => None,
             };
+            if let Some(Event::Failed(why) | Event::LinkLost(why) | Event::JournalFailed(why)) = &event {
+                tracing::warn!(phase = ?engine.phase(), why, "the move is in trouble");
+            }
             let now = self.now();
             self.meter.publish(&self.task.board, now, &engine, &self.stats());
             if let Some(event) = event {
                 actions = engine.step(now, event);
             }
         }
+    }
+
+    /// A target that refuses says why on the control connection and closes all: its data connections may be seen to end first.
+    /// Then its last word is waited for a moment, for a message that explains itself.
+    fn reason(&self, event: Event, inbox: &Receiver<Event>) -> Event {
+        if !matches!(event, Event::LinkLost(_)) || self.control_lost.load(Ordering::SeqCst) {
+            return event;
+        }
+        let end = Instant::now() + LAST_WORD;
+        while let Ok(next) = inbox.recv_timeout(end.saturating_duration_since(Instant::now())) {
+            if matches!(next, Event::Target(TargetMsg::Refused { .. })) {
+                return next;
+            }
+            if self.control_lost.load(Ordering::SeqCst) {
+                break;
+            }
+        }
+        event
     }
 
     /// A paused guest is not left waiting for a peer that has stopped answering without closing its connections.

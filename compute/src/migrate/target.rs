@@ -167,6 +167,9 @@ impl Driver {
                     if matches!(event, Event::Source(SourceMsg::Commit) | Event::Resolved(_)) {
                         self.commit_seen = Some(Instant::now());
                     }
+                    if let Event::Failed(why) | Event::LinkLost(why) | Event::JournalFailed(why) = &event {
+                        tracing::warn!(phase = ?engine.phase(), why, "the arrival is in trouble");
+                    }
                     actions = engine.step(event);
                 }
                 Err(_) => return TargetEnd::Broken("the arrival's mailbox is gone".into()),

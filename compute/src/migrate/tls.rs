@@ -72,3 +72,87 @@ pub fn server(paths: &IdentityPaths) -> Result<Arc<ServerConfig>, MoveError> {
     config.send_tls13_tickets = 0;
     Ok(Arc::new(config))
 }
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        net::{TcpListener, TcpStream},
+        path::Path,
+        thread,
+    };
+
+    use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
+
+    use super::*;
+    use crate::migrate::link::Link;
+
+    /// An authority and one certificate by it, as files.
+    fn identity(dir: &Path, host: &str) -> IdentityPaths {
+        std::fs::create_dir_all(dir).unwrap();
+        let ca_key = KeyPair::generate().unwrap();
+        let mut ca = CertificateParams::new(vec![]).unwrap();
+        ca.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        let ca_cert = ca.self_signed(&ca_key).unwrap();
+        let issuer = Issuer::new(ca, ca_key);
+        let key = KeyPair::generate().unwrap();
+        let cert = CertificateParams::new(vec![host.to_owned()]).unwrap().signed_by(&key, &issuer).unwrap();
+        let paths =
+            IdentityPaths { ca: dir.join("ca.pem"), cert: dir.join("cert.pem"), key: dir.join("key.pem") };
+        std::fs::write(&paths.ca, ca_cert.pem()).unwrap();
+        std::fs::write(&paths.cert, cert.pem()).unwrap();
+        std::fs::write(&paths.key, key.serialize_pem()).unwrap();
+        paths
+    }
+
+    fn sockets() -> (TcpStream, TcpStream) {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let caller = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        (caller, listener.accept().unwrap().0)
+    }
+
+    #[test]
+    fn both_sides_send_a_lot_at_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let paths = identity(dir.path(), "right");
+        let (here, there) = sockets();
+        let config = server(&paths).unwrap();
+        let called = thread::spawn(move || {
+            Link::tls(there, rustls::ServerConnection::new(config).unwrap().into()).unwrap().split().unwrap()
+        });
+        let caller = Link::tls(here, client(&paths, "right").unwrap()).unwrap().split().unwrap();
+        let called = called.join().unwrap();
+        let data: Vec<u8> = (0..5_000_003u32).map(|i| (i.wrapping_mul(i) >> 7) as u8).collect();
+        thread::scope(|scope| {
+            for (mut sender, mut receiver, _closer) in [caller, called] {
+                let data = &data;
+                scope.spawn(move || sender.send(&[&data[..10], &data[10..]]).unwrap());
+                scope.spawn(move || {
+                    let mut got = vec![0; data.len()];
+                    let (small, large) = got.split_at_mut(24);
+                    receiver.receive(small).unwrap();
+                    receiver.receive(large).unwrap();
+                    assert!(got == *data);
+                });
+            }
+        });
+    }
+
+    #[test]
+    fn another_authority_or_another_name_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let ours = identity(&dir.path().join("ours"), "right");
+        let theirs = identity(&dir.path().join("theirs"), "right");
+        for (caller, name) in [(&theirs, "right"), (&ours, "wrong")] {
+            let (here, there) = sockets();
+            let config = server(&ours).unwrap();
+            let called = thread::spawn(move || {
+                let link = Link::tls(there, rustls::ServerConnection::new(config).unwrap().into());
+                link.and_then(|l| l.split()?.1.receive(&mut [0; 1])).is_err()
+            });
+            let refused = Link::tls(here, client(caller, name).unwrap());
+            assert!(refused.is_err(), "{name}");
+            drop(refused);
+            assert!(called.join().unwrap());
+        }
+    }
+}
