@@ -1,1 +1,266 @@
-//! Placeholder header, replaced as the module is written.
+//! The per-host agent: it knows the VMs of its host, starts their processes, and arranges moves with the other agents.
+//!
+//! | module | what lives there |
+//! |---|---|
+//! | [`config`], [`hostinfo`] | what the host is and has |
+//! | [`http`], `routes_*`, [`listener`], [`forward`], [`console`] | the API and its sockets |
+//! | [`peers`], [`cluster`] | the other agents, and becoming one of them |
+//! | [`registry`], [`vmdir`], [`vms`], [`create`] | VMs of this host |
+//! | [`process`], [`launch`], [`control`] | their processes |
+//! | [`plan`], [`moves`], [`incoming`], [`settle`] | moves: decided, led, received, and what is left after a crash |
+//!
+//! The agent may end at any time without harm: VM processes go on, directories and journals say what stands, the next agent finds
+//! both. Never enters: guest bytes; they go from VM process to VM process.
+
+#[cfg(test)]
+mod api_tests;
+pub mod cluster;
+pub mod config;
+pub mod console;
+pub mod control;
+pub mod create;
+pub mod error;
+pub mod forward;
+pub mod hostinfo;
+pub mod http;
+pub mod images;
+pub mod incoming;
+pub mod launch;
+pub mod listener;
+pub mod moves;
+pub mod peers;
+pub mod plan;
+pub mod process;
+pub mod registry;
+mod routes_host;
+mod routes_peer;
+mod routes_vm;
+pub mod settle;
+pub mod vmdir;
+pub mod vms;
+
+use std::fs::{File, OpenOptions, TryLockError};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+
+use tokio::sync::watch;
+use vmove_storage::Datastore;
+
+use self::config::{Config, ConfigError, HostsStore};
+use self::error::ApiError;
+use self::incoming::Arrivals;
+use self::peers::Peers;
+use self::registry::Registry;
+use crate::api::types::{DatastoreInfo, HostInfo, PEER_VERSION};
+use crate::identity::IdentityError;
+use crate::identity::files::IdentityFiles;
+use crate::identity::tls::HostTls;
+
+/// The agent's unix socket in its state directory.
+pub const SOCKET: &str = "agent.sock";
+
+/// Why an agent cannot begin.
+#[derive(Debug, thiserror::Error)]
+pub enum AgentError {
+    /// Its configuration.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// Its identity.
+    #[error(transparent)]
+    Identity(#[from] IdentityError),
+    /// A datastore.
+    #[error("datastore {name:?}: {source}")]
+    Datastore {
+        /// The datastore's name.
+        name: String,
+        /// What is wrong with it.
+        source: vmove_storage::BlockError,
+    },
+    /// Two names for one datastore.
+    #[error("datastores {first:?} and {second:?} are one and the same directory; name it once")]
+    SameDatastore {
+        /// One name.
+        first: String,
+        /// The other.
+        second: String,
+    },
+    /// A file or socket.
+    #[error("cannot {action} {}: {source}", path.display())]
+    Io {
+        /// What was tried.
+        action: &'static str,
+        /// On what.
+        path: PathBuf,
+        /// The system's reason.
+        source: std::io::Error,
+    },
+    /// Another agent has the state directory.
+    #[error("another agent runs on {}", path.display())]
+    Running {
+        /// The state directory.
+        path: PathBuf,
+    },
+    /// The TCP address.
+    #[error("cannot listen on {address}: {source}")]
+    Listen {
+        /// The address.
+        address: std::net::SocketAddr,
+        /// The system's reason.
+        source: std::io::Error,
+    },
+    /// Anything else of the API's kind.
+    #[error(transparent)]
+    Api(#[from] ApiError),
+}
+
+/// Everything an agent knows; shared by all its requests and tasks.
+#[derive(Debug)]
+pub struct Agent {
+    state: PathBuf,
+    config: Config,
+    stores: Vec<Datastore>,
+    identity: IdentityFiles,
+    tls: Option<HostTls>,
+    peers: Arc<Peers>,
+    registry: Arc<Registry>,
+    arrivals: Mutex<Arrivals>,
+    program: PathBuf,
+    /// True once the agent is to end; long waits give up then.
+    ending: watch::Sender<bool>,
+    /// Held as long as this agent lives.
+    _lock: File,
+}
+
+impl Agent {
+    /// Opens a state directory. VM processes are started from `program`.
+    pub fn open(state: &Path, config: Config, program: PathBuf) -> Result<Arc<Self>, AgentError> {
+        config.check()?;
+        make_private_dir(state)?;
+        let io = |action| move |source| AgentError::Io { action, path: state.to_path_buf(), source };
+        let state = std::fs::canonicalize(state).map_err(io("open"))?;
+        let lock = lock_state(&state)?;
+        let mut stores: Vec<Datastore> = Vec::new();
+        for entry in &config.datastores {
+            let store = Datastore::open(&entry.name, &entry.path)
+                .map_err(|source| AgentError::Datastore { name: entry.name.clone(), source })?;
+            if let Some(first) = stores.iter().find(|other| other.id() == store.id()) {
+                return Err(AgentError::SameDatastore {
+                    first: first.name().to_owned(),
+                    second: entry.name.clone(),
+                });
+            }
+            stores.push(store);
+        }
+        if let Some(default) = &config.default_datastore {
+            // The default one comes first everywhere.
+            stores.sort_by_key(|store| store.name() != default);
+        }
+        let identity = IdentityFiles::of(&state);
+        let tls = if identity.exists() { Some(HostTls::load(&identity)?) } else { None };
+        let peers = Arc::new(Peers::open(&config.name, tls.clone(), &config.hosts, HostsStore::of(&state))?);
+        let registry = Arc::new(Registry::open(&state)?);
+        Ok(Arc::new(Self {
+            state,
+            stores,
+            identity,
+            tls,
+            peers,
+            registry,
+            arrivals: Mutex::default(),
+            program,
+            ending: watch::Sender::new(false),
+            config,
+            _lock: lock,
+        }))
+    }
+
+    /// The host's name.
+    pub fn name(&self) -> &str {
+        &self.config.name
+    }
+
+    /// The unix socket it listens on.
+    pub fn socket(&self) -> PathBuf {
+        self.state.join(SOCKET)
+    }
+
+    /// The datastore of a name.
+    pub fn store(&self, name: &str) -> Result<&Datastore, ApiError> {
+        self.stores.iter().find(|store| store.name() == name).ok_or_else(|| {
+            ApiError::invalid(format!(
+                "host {} has no datastore {name:?} (it has: {})",
+                self.config.name,
+                plan::list(self.stores.iter().map(Datastore::name))
+            ))
+        })
+    }
+
+    /// What the host is and has.
+    pub fn host_info(&self) -> Result<HostInfo, ApiError> {
+        let memory = hostinfo::memory()?;
+        Ok(HostInfo {
+            name: self.config.name.clone(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            peer_version: PEER_VERSION,
+            address: self.config.listen.to_string(),
+            cpus: hostinfo::cpus(),
+            memory_bytes: memory.total,
+            memory_free_bytes: memory.available,
+            cpu_features: hostinfo::cpu_features(&self.config.cpu_mask)?,
+            datastores: self.datastore_infos()?,
+        })
+    }
+
+    /// Its datastores, the default one first.
+    pub fn datastore_infos(&self) -> Result<Vec<DatastoreInfo>, ApiError> {
+        let mut infos = Vec::with_capacity(self.stores.len());
+        for (index, store) in self.stores.iter().enumerate() {
+            infos.push(DatastoreInfo {
+                name: store.name().to_owned(),
+                id: store.id().to_string(),
+                path: store.path().to_path_buf(),
+                total_bytes: store.total_bytes()?,
+                free_bytes: store.free_bytes()?,
+                default: index == 0,
+            });
+        }
+        Ok(infos)
+    }
+
+    /// Ends long waits; VM processes go on.
+    pub fn end(&self) {
+        self.ending.send_replace(true);
+    }
+
+    /// Waits for `duration`; false when the agent ends first.
+    async fn pause(&self, duration: std::time::Duration) -> bool {
+        let mut ending = self.ending.subscribe();
+        tokio::select! {
+            () = tokio::time::sleep(duration) => true,
+            _ = ending.wait_for(|ending| *ending) => false,
+        }
+    }
+}
+
+/// Makes a directory only its owner may enter; one that is there is left as it is.
+pub fn make_private_dir(path: &Path) -> Result<(), AgentError> {
+    std::fs::DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(|source| AgentError::Io {
+        action: "create",
+        path: path.to_path_buf(),
+        source,
+    })
+}
+
+/// Takes the state directory for this process.
+fn lock_state(state: &Path) -> Result<File, AgentError> {
+    let path = state.join("agent.lock");
+    let io = |source| AgentError::Io { action: "lock", path: path.clone(), source };
+    let file =
+        OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(&path).map_err(io)?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(TryLockError::WouldBlock) => Err(AgentError::Running { path: state.to_path_buf() }),
+        Err(TryLockError::Error(source)) => Err(io(source)),
+    }
+}

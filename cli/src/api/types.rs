@@ -10,8 +10,8 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 pub use vmove_compute::process::protocol::{
-    DiskDefinition, DiskFormat, DiskPlacement, DiskReport, DowntimeParts, ImageShape, Listening, MemoryReport,
-    MoveProgress, MoveReport, Place, Verdict, VmDefinition,
+    DiskDefinition, DiskFormat, DiskPlacement, DiskReport, DowntimeParts, ImageShape, Listening,
+    MemoryReport, MoveProgress, MoveReport, Place, Verdict, VmDefinition,
 };
 
 /// Version of the agreement between two agents; both sides of a move must have the same.

@@ -41,8 +41,8 @@ impl Authority {
     /// An authority from its files' texts.
     pub fn open(cert_pem: &str, key_pem: &str) -> Result<Self, IdentityError> {
         let key = KeyPair::from_pem(key_pem).map_err(failed("read the authority's key"))?;
-        let issuer = Issuer::from_ca_cert_pem(cert_pem, key)
-            .map_err(failed("read the authority's certificate"))?;
+        let issuer =
+            Issuer::from_ca_cert_pem(cert_pem, key).map_err(failed("read the authority's certificate"))?;
         Ok(Self { cert_pem: cert_pem.to_owned(), issuer })
     }
 
@@ -65,24 +65,22 @@ impl Authority {
                 reason: format!("it is longer than {MAX_CSR} bytes"),
             });
         }
-        let request = CertificateSigningRequestParams::from_pem(csr_pem)
-            .map_err(failed("read the signing request"))?;
+        let request =
+            CertificateSigningRequestParams::from_pem(csr_pem).map_err(failed("read the signing request"))?;
         self.sign(name, ip, &request.public_key)
     }
 
     fn sign(&self, name: &str, ip: IpAddr, key: &impl PublicKeyData) -> Result<String, IdentityError> {
         check_host_name(name)?;
-        let dns = name
-            .try_into()
-            .map_err(|e: rcgen::Error| failed("put the host's name into a certificate")(e))?;
+        let dns =
+            name.try_into().map_err(|e: rcgen::Error| failed("put the host's name into a certificate")(e))?;
         let mut params = base_params(name);
         params.subject_alt_names = vec![SanType::DnsName(dns), SanType::IpAddress(ip)];
         params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
         params.extended_key_usages =
             vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
         params.use_authority_key_identifier_extension = true;
-        let cert =
-            params.signed_by(key, &self.issuer).map_err(failed("sign the host's certificate"))?;
+        let cert = params.signed_by(key, &self.issuer).map_err(failed("sign the host's certificate"))?;
         Ok(format!("{}{}", cert.pem(), self.cert_pem))
     }
 }

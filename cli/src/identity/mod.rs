@@ -55,7 +55,9 @@ pub enum IdentityError {
     #[error("{0}")]
     Token(&'static str),
     /// This host does not hold the authority's key.
-    #[error("this host does not hold the cluster's authority key; ask the host on which `vmove init` was run")]
+    #[error(
+        "this host does not hold the cluster's authority key; ask the host on which `vmove init` was run"
+    )]
     NoAuthority,
 }
 

@@ -225,7 +225,10 @@ mod tests {
         let (a, b) = (host(&authority, "left"), host(&authority, "right"));
         let stranger = host(&other, "right");
         assert!(meet(&a, b.client.clone(), "right").await.is_err(), "the called host is left");
-        assert!(meet(&a, stranger.client.clone(), "left").await.is_err(), "unknown authority, seen by the caller");
+        assert!(
+            meet(&a, stranger.client.clone(), "left").await.is_err(),
+            "unknown authority, seen by the caller"
+        );
         // Seen by the called side: a caller that trusts our authority but was signed by another one.
         let mut roots = RootCertStore::empty();
         roots.add(CertificateDer::from_pem_slice(authority.cert_pem().as_bytes()).unwrap()).unwrap();

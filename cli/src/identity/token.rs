@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use super::{IdentityError, files::write_private};
 
 /// How long a token works if nobody says otherwise.
-pub const DEFAULT_LIFETIME: Duration = Duration::from_secs(3600);
+pub const DEFAULT_LIFETIME: Duration = Duration::from_hours(1);
 /// Most tokens that wait at once; the oldest go first.
 const MAX_TOKENS: usize = 64;
 const PREFIX: &str = "vmove1";
@@ -95,6 +95,11 @@ impl TokenStore {
         Ok(Token { secret, fingerprint: fingerprint.to_owned() })
     }
 
+    /// Whether a secret would be accepted; it stays unused.
+    pub fn check(&self, secret: &str) -> Result<(), IdentityError> {
+        position(&self.load()?, secret, SystemTime::now()).map(|_| ())
+    }
+
     /// Uses a secret up.
     ///
     /// # Errors
@@ -106,14 +111,7 @@ impl TokenStore {
     fn redeem_at(&self, secret: &str, now: SystemTime) -> Result<(), IdentityError> {
         let _lock = self.lock()?;
         let mut stored = self.load()?;
-        let hash = hash(secret);
-        let found = stored.iter().position(|token| token.hash == hash && token.expires > seconds(now));
-        let Some(index) = found else {
-            return Err(IdentityError::Token(
-                "the join token is not valid: unknown, used before, or expired; run `vmove token` on the first host for a new one",
-            ));
-        };
-        stored.remove(index);
+        stored.remove(position(&stored, secret, now)?);
         // On disk before anybody is let in: a token must not come back with a crash.
         self.save(&stored)
     }
@@ -148,6 +146,16 @@ impl TokenStore {
     }
 }
 
+/// Which stored token a secret is, if it still works.
+fn position(stored: &[Stored], secret: &str, now: SystemTime) -> Result<usize, IdentityError> {
+    let hash = hash(secret);
+    stored.iter().position(|token| token.hash == hash && token.expires > seconds(now)).ok_or(
+        IdentityError::Token(
+            "the join token is not valid: unknown, used before, or expired; run `vmove token` on the first host for a new one",
+        ),
+    )
+}
+
 fn hash(secret: &str) -> String {
     blake3::hash(secret.as_bytes()).to_hex().to_string()
 }
@@ -165,8 +173,8 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let store = TokenStore::of(dir.path());
         let now = SystemTime::now();
-        let token = store.issue_at(&"a".repeat(64), Duration::from_secs(60), now).unwrap();
-        let late = store.issue_at(&"a".repeat(64), Duration::from_secs(60), now).unwrap();
+        let token = store.issue_at(&"a".repeat(64), Duration::from_mins(1), now).unwrap();
+        let late = store.issue_at(&"a".repeat(64), Duration::from_mins(1), now).unwrap();
         assert_eq!(Token::parse(&token.to_string()).unwrap(), token);
         assert!(store.redeem_at("00", now).is_err());
         store.redeem_at(&token.secret, now).unwrap();

@@ -1,0 +1,434 @@
+//! Receiving a VM, as the agent of the host it comes to: judging the offer, taking the files, starting the process that awaits the
+//! source, and taking all of it back.
+//!
+//! Everything here is asked by another agent and is not believed: names, sizes and digests are checked and capped. Never enters: RAM
+//! and disks, which go from process to process.
+
+use std::collections::HashMap;
+use std::path::Path;
+use std::sync::{Arc, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use axum::body::Body;
+use futures_util::StreamExt;
+use tokio::io::AsyncWriteExt;
+use vmove_compute::process::protocol::{IncomingSpec, LaunchSpec, Request, RunState, Start};
+use vmove_mirror::journal::MoveId;
+
+use super::control;
+use super::create::{MAX_INITRD, MAX_KERNEL, check_definition};
+use super::error::{ApiError, blocking};
+use super::plan::{self, There};
+use super::registry::Reservation;
+use super::vmdir::VmDir;
+use super::{Agent, hostinfo, images, moves, process, vms};
+use crate::api::types::{DiskPlacement, FileDigest, Listening, Offer, OfferAccepted};
+
+/// An accepted offer that is not started within this time is forgotten.
+const PATIENCE: Duration = Duration::from_mins(5);
+/// How long an awaiting process may take to end when its move is off.
+const CANCEL_DEADLINE: Duration = Duration::from_secs(5);
+
+/// Accepted offers that are not started yet, by move.
+#[derive(Debug, Default)]
+pub struct Arrivals {
+    accepted: HashMap<String, Arrival>,
+}
+
+/// One accepted offer.
+#[derive(Debug)]
+struct Arrival {
+    offer: Offer,
+    disks: Vec<DiskPlacement>,
+    /// A file is being received.
+    receiving: bool,
+    _reservation: Reservation,
+}
+
+/// Which of a VM's files is sent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum VmFile {
+    /// The kernel.
+    Kernel,
+    /// The initial RAM disk.
+    Initrd,
+}
+
+impl VmFile {
+    /// By its name in a path.
+    pub fn parse(name: &str) -> Result<Self, ApiError> {
+        match name {
+            "kernel" => Ok(Self::Kernel),
+            "initrd" => Ok(Self::Initrd),
+            _ => Err(ApiError::not_found(format!("a VM has a kernel and an initrd, no {name:?}"))),
+        }
+    }
+}
+
+/// Whether the last process of a VM was started to receive it by this move.
+pub(super) fn arrives_by(vm: &VmDir, move_id: &str) -> bool {
+    vm.launch().is_some_and(|launch| match launch.start {
+        Start::Incoming(spec) => spec.move_id == move_id,
+        Start::Boot => false,
+    })
+}
+
+impl Agent {
+    fn arrivals(&self) -> MutexGuard<'_, Arrivals> {
+        // Plain map operations under the lock: nothing is left half done by a panic.
+        self.arrivals.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Judges an offer. A real one that is accepted makes the VM's directory and reserves its name; a refusal lists everything.
+    pub async fn receive_offer(
+        self: &Arc<Self>,
+        from: &str,
+        offer: Offer,
+    ) -> Result<OfferAccepted, ApiError> {
+        check_offer(from, &offer)?;
+        let name = offer.definition.name.clone();
+        let vm = self.registry.vm(&name)?;
+        if self.arrivals().accepted.contains_key(&offer.move_id) {
+            return Err(ApiError::conflict(format!("move {} was offered twice", offer.move_id)));
+        }
+        let reservation = self.registry.reserve(&name, "arriving from another host");
+        let taken = match (&reservation, self.view(&name).await?) {
+            (_, Some(view)) => Some(vms::word(view.state)),
+            (Err(_), None) => Some(self.registry.busy(&name).unwrap_or("busy")),
+            (Ok(_), None) => vm.path().exists().then_some("what is left of it is being cleaned up"),
+        };
+        let (agent, judged) = (self.clone(), offer.clone());
+        let (disks, blockers) = blocking(move || agent.judge(&judged, taken)).await?;
+        if offer.dry_run {
+            return Ok(OfferAccepted { disks, blockers });
+        }
+        if !blockers.is_empty() {
+            return Err(ApiError::blocked(
+                format!("host {} cannot take VM {name:?}", self.config.name),
+                blockers,
+            ));
+        }
+        let reservation = reservation?;
+        let mut definition = offer.definition.clone();
+        for (disk, placed) in definition.disks.iter_mut().zip(&disks) {
+            disk.datastore.clone_from(&placed.datastore);
+        }
+        let made = vm.clone();
+        blocking(move || {
+            super::make_private_dir(made.path()).map_err(|e| ApiError::storage(e.to_string()))?;
+            made.save_definition(&definition)
+        })
+        .await?;
+        let move_id = offer.move_id.clone();
+        tracing::info!(vm = name, move_id, from, "VM is to arrive");
+        let arrival = Arrival { offer, disks: disks.clone(), receiving: false, _reservation: reservation };
+        self.arrivals().accepted.insert(move_id.clone(), arrival);
+        let agent = self.clone();
+        tokio::spawn(async move {
+            if agent.pause(PATIENCE).await && agent.arrivals().accepted.remove(&move_id).is_some() {
+                tracing::warn!(vm = name, move_id, "the source did not come back");
+                agent.settle(&name).await;
+            }
+        });
+        Ok(OfferAccepted { disks, blockers: Vec::new() })
+    }
+
+    /// Where the disks would go, and everything that stands in the way.
+    fn judge(
+        &self,
+        offer: &Offer,
+        taken: Option<&str>,
+    ) -> Result<(Vec<DiskPlacement>, Vec<String>), ApiError> {
+        let stores = self.datastore_infos()?;
+        let features = hostinfo::cpu_features(&self.config.cpu_mask)?;
+        let there = There {
+            host: &self.config.name,
+            stores: &stores,
+            features: &features,
+            free_memory: hostinfo::memory()?.available,
+            taken,
+        };
+        let (places, mut blockers) = plan::receive(offer, &there);
+        let mut disks = Vec::new();
+        for (disk, place) in offer.disks.iter().zip(places) {
+            let Some(datastore) = place else { continue };
+            let format = images::format_of(disk.image.format);
+            let path =
+                self.store(&datastore)?.image_path(&offer.definition.name, &disk.image.name, format)?;
+            disks.push(DiskPlacement { name: disk.image.name.clone(), datastore, path });
+        }
+        blockers.extend(moves::occupied(&disks, &offer.definition.name, offer.generation)?);
+        Ok((disks, blockers))
+    }
+
+    /// Takes one of the VM's files; it must be what was offered, to the byte.
+    pub async fn receive_file(
+        &self,
+        from: &str,
+        move_id: &str,
+        file: VmFile,
+        body: Body,
+    ) -> Result<(), ApiError> {
+        let (name, expected) = {
+            let mut arrivals = self.arrivals();
+            let arrival = accepted(&mut arrivals, from, move_id)?;
+            let expected = match file {
+                VmFile::Kernel => Some(arrival.offer.kernel.clone()),
+                VmFile::Initrd => arrival.offer.initrd.clone(),
+            };
+            let expected = expected
+                .ok_or_else(|| ApiError::invalid(format!("move {move_id} was offered without this file")))?;
+            if arrival.receiving {
+                return Err(ApiError::busy(format!("a file of move {move_id} is being received")));
+            }
+            arrival.receiving = true;
+            (arrival.offer.definition.name.clone(), expected)
+        };
+        let vm = self.registry.vm(&name)?;
+        let to = match file {
+            VmFile::Kernel => vm.kernel(),
+            VmFile::Initrd => vm.initrd(),
+        };
+        let received = receive_to(&to, &expected, body).await;
+        if let Some(arrival) = self.arrivals().accepted.get_mut(move_id) {
+            arrival.receiving = false;
+        }
+        received
+    }
+
+    /// Starts the process that awaits the source; gives where it listens.
+    pub async fn start_incoming(self: &Arc<Self>, from: &str, move_id: &str) -> Result<Listening, ApiError> {
+        let arrival = {
+            let mut arrivals = self.arrivals();
+            if accepted(&mut arrivals, from, move_id)?.receiving {
+                return Err(ApiError::busy(format!("a file of move {move_id} is being received")));
+            }
+            arrivals.accepted.remove(move_id)
+        }
+        .ok_or_else(|| unknown(move_id))?;
+        let name = arrival.offer.definition.name.clone();
+        let vm = self.registry.vm(&name)?;
+        let started = self.start_process(&vm, &arrival).await;
+        // Before settle, which needs the VM for itself.
+        drop(arrival);
+        if started.is_err() {
+            let agent = self.clone();
+            tokio::spawn(async move { agent.settle(&name).await });
+        }
+        started
+    }
+
+    async fn start_process(self: &Arc<Self>, vm: &VmDir, arrival: &Arrival) -> Result<Listening, ApiError> {
+        let offer = &arrival.offer;
+        let name = &offer.definition.name;
+        let initrd = vm.initrd();
+        for (path, needed) in [(vm.kernel(), true), (initrd.clone(), offer.initrd.is_some())] {
+            if needed && !path.exists() {
+                return Err(ApiError::conflict(format!(
+                    "move {}: {} has not been sent",
+                    offer.move_id,
+                    path.file_name().unwrap_or_default().display()
+                )));
+            }
+        }
+        let (agent, look, disks, owner) = (self.clone(), vm.clone(), arrival.disks.clone(), name.clone());
+        let definition = blocking(move || {
+            agent.make_room(&owner, &disks)?;
+            look.definition()
+        })
+        .await?;
+        let spec = LaunchSpec {
+            vm: definition,
+            kernel: vm.kernel(),
+            initrd: offer.initrd.is_some().then_some(initrd),
+            host: self.config.name.clone(),
+            generation: offer.generation,
+            disks: arrival.disks.clone(),
+            identity: self.tls.is_some().then(|| self.identity.paths()),
+            start: Start::Incoming(IncomingSpec {
+                move_id: offer.move_id.clone(),
+                from_host: offer.from_host.clone(),
+                listen_ip: self.config.listen.ip().to_string(),
+                images: offer.disks.iter().map(|disk| disk.image.clone()).collect(),
+                plain: offer.plain,
+            }),
+        };
+        let status = self.launch(name, vm, &spec).await?;
+        status.listening.ok_or_else(|| ApiError::vm_process(format!("VM {name:?} does not listen")))
+    }
+
+    /// Takes back what a move made here, unless the source alone may decide on it.
+    pub async fn discard_incoming(self: &Arc<Self>, from: &str, move_id: &str) -> Result<(), ApiError> {
+        let waiting = {
+            let mut arrivals = self.arrivals();
+            match accepted(&mut arrivals, from, move_id) {
+                Ok(_) => arrivals.accepted.remove(move_id),
+                Err(_) => None,
+            }
+        };
+        if let Some(arrival) = waiting {
+            let name = arrival.offer.definition.name.clone();
+            drop(arrival);
+            self.settle(&name).await;
+            return Ok(());
+        }
+        for name in self.registry.names()? {
+            let vm = self.registry.vm(&name)?;
+            if !arrives_by(&vm, move_id) {
+                continue;
+            }
+            return self.end_arrival(from, &name, &vm, move_id).await;
+        }
+        Err(unknown(move_id))
+    }
+
+    async fn end_arrival(
+        self: &Arc<Self>,
+        from: &str,
+        name: &str,
+        vm: &VmDir,
+        move_id: &str,
+    ) -> Result<(), ApiError> {
+        if let Ok(status) = control::status(vm.path()).await {
+            match status.state {
+                RunState::Incoming => {}
+                RunState::Undecided => {
+                    return Err(ApiError::undecided(format!(
+                        "move {move_id} is prepared here: only its source's word ends it"
+                    )));
+                }
+                RunState::Running | RunState::Leaving => {
+                    return Err(ApiError::conflict(format!("move {move_id} is committed")));
+                }
+            }
+            if status.incoming.as_ref().is_some_and(|(_, host)| host != from) {
+                return Err(ApiError::forbidden(format!("move {move_id} is not from host {from}")));
+            }
+            // A refusal, or no answer, is dealt with below.
+            let _ = control::ask(vm.path(), &Request::Cancel).await;
+        }
+        if !self.wait_gone(vm, CANCEL_DEADLINE).await {
+            let again = control::status(vm.path()).await;
+            if again.is_ok_and(|status| status.state != RunState::Incoming) {
+                return Err(ApiError::conflict(format!("move {move_id} has been decided meanwhile")));
+            }
+            // Safe at any moment: its journal says what stands, and settle follows that.
+            let dir = vm.path().to_path_buf();
+            blocking(move || {
+                if let Some(pid) = process::find(&dir) {
+                    process::kill_now(pid, &dir);
+                }
+                Ok(())
+            })
+            .await?;
+            self.wait_gone(vm, CANCEL_DEADLINE).await;
+        }
+        self.settle(name).await;
+        Ok(())
+    }
+}
+
+fn unknown(move_id: &str) -> ApiError {
+    ApiError::not_found(format!("no move {move_id} is arriving here"))
+}
+
+fn accepted<'a>(arrivals: &'a mut Arrivals, from: &str, move_id: &str) -> Result<&'a mut Arrival, ApiError> {
+    let arrival = arrivals.accepted.get_mut(move_id).ok_or_else(|| unknown(move_id))?;
+    if arrival.offer.from_host != from {
+        return Err(ApiError::forbidden(format!("move {move_id} is not from host {from}")));
+    }
+    Ok(arrival)
+}
+
+/// What an offer must be before it is looked at any further.
+fn check_offer(from: &str, offer: &Offer) -> Result<(), ApiError> {
+    MoveId::new(offer.move_id.clone()).map_err(|e| ApiError::invalid(e.to_string()))?;
+    if offer.from_host != from {
+        return Err(ApiError::forbidden(format!(
+            "host {from} may not offer a VM in the name of host {}",
+            offer.from_host
+        )));
+    }
+    check_definition(&offer.definition)?;
+    let same = offer.definition.disks.len() == offer.disks.len()
+        && offer.definition.disks.iter().zip(&offer.disks).all(|(disk, offered)| {
+            disk.name == offered.image.name
+                && disk.format == offered.image.format
+                && disk.size_bytes == offered.image.virtual_bytes
+        });
+    if !same {
+        return Err(ApiError::invalid("the offered images are not those of the definition's disks"));
+    }
+    let capped = |file: &FileDigest, cap: u64| file.bytes <= cap && file.blake3.len() == 64;
+    if !capped(&offer.kernel, MAX_KERNEL)
+        || !offer.initrd.as_ref().is_none_or(|file| capped(file, MAX_INITRD))
+    {
+        return Err(ApiError::too_large(format!(
+            "a kernel may have {MAX_KERNEL} bytes, an initrd {MAX_INITRD}, each with a BLAKE3 digest"
+        )));
+    }
+    Ok(())
+}
+
+/// Streams a body into a file, which gets its name only when length and digest are right.
+async fn receive_to(to: &Path, expected: &FileDigest, body: Body) -> Result<(), ApiError> {
+    let part = to.with_extension("part");
+    let written = write_stream(&part, expected, body).await;
+    let finished = match written {
+        Ok(()) => tokio::fs::rename(&part, to).await.map_err(|e| ApiError::io("rename", &part, &e)),
+        Err(error) => Err(error),
+    };
+    if finished.is_err() {
+        // Best effort: the directory goes with the move.
+        let _ = tokio::fs::remove_file(&part).await;
+    }
+    finished
+}
+
+async fn write_stream(part: &Path, expected: &FileDigest, body: Body) -> Result<(), ApiError> {
+    let io = |e: std::io::Error| ApiError::io("write", part, &e);
+    let mut file = tokio::fs::File::create(part).await.map_err(io)?;
+    let mut stream = body.into_data_stream();
+    let mut hasher = blake3::Hasher::new();
+    let mut bytes = 0;
+    while let Some(chunk) = stream.next().await {
+        let chunk = chunk.map_err(|e| ApiError::invalid(format!("the file broke off: {e}")))?;
+        bytes += chunk.len() as u64;
+        if bytes > expected.bytes {
+            return Err(ApiError::too_large(format!(
+                "the file is longer than the {} bytes offered",
+                expected.bytes
+            )));
+        }
+        hasher.update(&chunk);
+        file.write_all(&chunk).await.map_err(io)?;
+    }
+    let digest = hasher.finalize().to_hex().to_string();
+    if bytes != expected.bytes || digest != expected.blake3 {
+        return Err(ApiError::invalid("the file is not the one that was offered (length or BLAKE3)"));
+    }
+    file.sync_all().await.map_err(io)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn digest(bytes: &[u8]) -> FileDigest {
+        FileDigest { bytes: bytes.len() as u64, blake3: blake3::hash(bytes).to_hex().to_string() }
+    }
+
+    #[tokio::test]
+    async fn a_file_is_kept_only_if_it_is_the_one_offered() {
+        let dir = tempfile::tempdir().unwrap();
+        let to = dir.path().join("kernel");
+        receive_to(&to, &digest(b"kernel"), Body::from("kernel")).await.unwrap();
+        assert_eq!(std::fs::read(&to).unwrap(), b"kernel");
+        std::fs::remove_file(&to).unwrap();
+        for (body, code) in [("kernels", "too_large"), ("kerne", "invalid"), ("kernal", "invalid")] {
+            let error = receive_to(&to, &digest(b"kernel"), Body::from(body)).await.unwrap_err();
+            assert_eq!(error.code, code);
+        }
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
+    }
+}

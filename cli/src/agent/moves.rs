@@ -1,0 +1,601 @@
+//! Leading a move, as the agent of the host that has the VM: plan, offer, files, start of the target, order; then following it.
+//!
+//! Whatever fails before the order is taken back at the target. After the order the VM process decides, and its journal. Never
+//! enters: RAM and disks (the processes carry them), what to do after a crash (settle).
+
+use std::io::Read;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::body::{Body, Bytes};
+use futures_util::stream;
+use hyper::Method;
+use tokio::io::AsyncReadExt;
+use vmove_compute::process::protocol::{MoveOrder, ProcessStatus, Reply, Request};
+use vmove_mirror::journal::{MoveId, Standing};
+use vmove_storage::{OwnerState, Stamp};
+
+use super::control::{self, ControlError};
+use super::error::{ApiError, blocking};
+use super::plan::{self, Here};
+use super::registry::Reservation;
+use super::vmdir::{VmDir, read_progress};
+use super::vms::{VmView, word};
+use super::{Agent, images, peers};
+use crate::api::types::{
+    DiskAction, DiskPlacement, FileDigest, ImageShape, Listening, MoveAccepted, MoveAnswer, MovePlan,
+    MoveProgress, MoveRequest, Offer, OfferAccepted, OfferedDisk, PEER_VERSION, VmState,
+};
+use crate::identity::files::write_private;
+
+/// The request a VM's last move was begun with, in its directory.
+pub const REQUEST_FILE: &str = "request.json";
+/// How often a move is looked at.
+const FOLLOW_INTERVAL: Duration = Duration::from_millis(100);
+/// Bytes of a file sent at once.
+const CHUNK: usize = 256 << 10;
+
+impl Agent {
+    /// Begins a move of a VM of this host, or plans it.
+    pub async fn move_vm(self: &Arc<Self>, name: &str, request: MoveRequest) -> Result<MoveAnswer, ApiError> {
+        let reservation = if request.dry_run {
+            None
+        } else {
+            let busy = |e: ApiError| match e.code.as_str() {
+                "busy" => ApiError::busy(format!("cannot move: {e}")),
+                _ => e,
+            };
+            Some(self.registry.reserve(name, "on the move").map_err(busy)?)
+        };
+        let view = self.must_view(name).await?;
+        let vm = self.registry.vm(name)?;
+        let Some(status) = view.status.clone().filter(|_| view.state == VmState::Running) else {
+            return Err(not_running(name, &view));
+        };
+        let look = status.clone();
+        let shapes = blocking(move || shapes(&look)).await?;
+        let stores = self.datastore_infos()?;
+        let here = Here {
+            host: &self.config.name,
+            definition: &status.vm,
+            disks: &status.disks,
+            shapes: &shapes,
+            stores: &stores,
+        };
+        let plan = plan::local_plan(&request, &here);
+        let draft = Draft { request, status, shapes, plan, move_id: uuid::Uuid::new_v4().to_string() };
+        match reservation {
+            None => Ok(MoveAnswer::Plan(self.dry_run(&vm, draft).await?)),
+            Some(reservation) => Ok(MoveAnswer::Accepted(self.begin(name, &vm, draft, reservation).await?)),
+        }
+    }
+
+    async fn dry_run(&self, vm: &VmDir, mut draft: Draft) -> Result<MovePlan, ApiError> {
+        if let Some(host) = draft.target(&self.config.name) {
+            self.ask_target(vm, &mut draft, &host, true).await?;
+        } else {
+            let places = self.local_copies(&draft, &mut Vec::new());
+            draft.plan.blockers.extend(occupied(&places, &draft.plan.vm, draft.status.generation + 1)?);
+        }
+        Ok(draft.plan)
+    }
+
+    async fn begin(
+        self: &Arc<Self>,
+        name: &str,
+        vm: &VmDir,
+        mut draft: Draft,
+        reservation: Reservation,
+    ) -> Result<MoveAccepted, ApiError> {
+        let target = draft.target(&self.config.name);
+        let generation = draft.status.generation + 1;
+        let copies = match &target {
+            Some(host) => {
+                // With something in the way here the other host is only asked what it would say, for one complete list.
+                let dry = !draft.plan.blockers.is_empty();
+                self.ask_target(vm, &mut draft, host, dry).await?
+            }
+            None => {
+                let mut blockers = Vec::new();
+                let places = self.local_copies(&draft, &mut blockers);
+                blockers.extend(occupied(&places, name, generation)?);
+                draft.plan.blockers.extend(blockers);
+                places
+            }
+        };
+        if !draft.plan.blockers.is_empty() {
+            return Err(ApiError::blocked(
+                format!("VM {name:?} cannot be moved to {}", aim(&draft.request)),
+                draft.plan.blockers,
+            ));
+        }
+        let begun = match &target {
+            Some(host) => match self.prepare_target(vm, &draft, host).await {
+                Ok(listening) => self.order(vm, &draft, Some(listening), copies).await,
+                Err(error) => Err(error),
+            },
+            None => {
+                let (agent, owner, places) = (self.clone(), name.to_owned(), copies.clone());
+                blocking(move || agent.make_room(&owner, &places)).await?;
+                self.order(vm, &draft, None, copies).await
+            }
+        };
+        if let Err(error) = begun {
+            match &target {
+                Some(host) => self.discard_at(host, &draft.move_id).await,
+                None => images::remove_empty_dirs(&self.stores, name),
+            }
+            return Err(error);
+        }
+        tracing::info!(vm = name, move_id = draft.move_id, to = ?draft.plan.to, "move begun");
+        let (agent, owned, move_id) = (self.clone(), name.to_owned(), draft.move_id.clone());
+        tokio::spawn(async move { agent.follow_move(&owned, &move_id, target, reservation).await });
+        Ok(MoveAccepted { move_id: draft.move_id, host: self.config.name.clone(), plan: draft.plan })
+    }
+
+    /// Offers the VM to another host; gives where its disks would lie there, and adds all that stands in the way to the plan. A
+    /// real offer that is refused, and a host that cannot be asked, are blockers like any other.
+    async fn ask_target(
+        &self,
+        vm: &VmDir,
+        draft: &mut Draft,
+        host: &str,
+        dry_run: bool,
+    ) -> Result<Vec<DiskPlacement>, ApiError> {
+        let offer = self.offer(vm, draft, dry_run).await?;
+        let answer: Result<OfferAccepted, ApiError> =
+            self.peers.call(host, Method::POST, "/v1/incoming", Some(&offer), peers::LONG).await;
+        match answer {
+            Ok(accepted) => {
+                plan::complete(&mut draft.plan, &accepted.disks, accepted.blockers);
+                Ok(accepted.disks)
+            }
+            Err(error) if error.blockers.is_empty() => {
+                draft.plan.blockers.push(error.message);
+                Ok(Vec::new())
+            }
+            Err(error) => {
+                draft.plan.blockers.extend(error.blockers);
+                Ok(Vec::new())
+            }
+        }
+    }
+
+    async fn offer(&self, vm: &VmDir, draft: &Draft, dry_run: bool) -> Result<Offer, ApiError> {
+        let mut disks = Vec::new();
+        for (disk, shape) in draft.status.disks.iter().zip(&draft.shapes) {
+            let store = self.store(&disk.datastore)?;
+            let request = &draft.request;
+            disks.push(OfferedDisk {
+                image: shape.clone(),
+                source_datastore_id: store.id().to_string(),
+                datastore: request.disks.get(&disk.name).or(request.datastore.as_ref()).cloned(),
+            });
+        }
+        let (kernel, initrd) = (vm.kernel(), vm.initrd());
+        let (kernel, initrd) = blocking(move || {
+            let initrd = initrd.exists().then(|| digest(&initrd)).transpose()?;
+            Ok((digest(&kernel)?, initrd))
+        })
+        .await?;
+        Ok(Offer {
+            version: PEER_VERSION,
+            move_id: draft.move_id.clone(),
+            from_host: self.config.name.clone(),
+            definition: draft.status.vm.clone(),
+            generation: draft.status.generation + 1,
+            disks,
+            plain: draft.request.insecure_plain,
+            cpu_features: draft.status.vm.cpu_features.clone(),
+            kernel,
+            initrd,
+            dry_run,
+        })
+    }
+
+    /// Sends the VM's files and has the target's process started.
+    async fn prepare_target(&self, vm: &VmDir, draft: &Draft, host: &str) -> Result<Listening, ApiError> {
+        let base = format!("/v1/incoming/{}", draft.move_id);
+        for (name, path) in [("kernel", vm.kernel()), ("initrd", vm.initrd())] {
+            if path.exists() {
+                let body = file_body(&path).await?;
+                let to = format!("{base}/files/{name}");
+                let () = self.peers.send(host, Method::PUT, &to, body, peers::LONG).await?;
+            }
+        }
+        self.peers.call(host, Method::POST, &format!("{base}/start"), None::<&()>, peers::LONG).await
+    }
+
+    /// New places of the disks that change their datastore on this host.
+    fn local_copies(&self, draft: &Draft, blockers: &mut Vec<String>) -> Vec<DiskPlacement> {
+        let mut places = Vec::new();
+        for disk in draft.plan.disks.iter().filter(|disk| disk.action == DiskAction::Copy) {
+            let Some(known) = draft.status.vm.disks.iter().find(|known| known.name == disk.name) else {
+                continue;
+            };
+            // An unknown datastore is a blocker of the plan already.
+            let Ok(store) = self.store(&disk.to.datastore) else { continue };
+            match store.image_path(&draft.plan.vm, &disk.name, images::format_of(known.format)) {
+                Ok(path) => places.push(DiskPlacement {
+                    name: disk.name.clone(),
+                    datastore: disk.to.datastore.clone(),
+                    path,
+                }),
+                Err(error) => blockers.push(error.to_string()),
+            }
+        }
+        places
+    }
+
+    /// Directories for images to come, and the end of stale ones in their place.
+    pub(super) fn make_room(&self, vm: &str, places: &[DiskPlacement]) -> Result<(), ApiError> {
+        for place in places {
+            self.store(&place.datastore)?.create_vm_dir(vm)?;
+            if Stamp::read(&place.path)?
+                .is_some_and(|stamp| stamp.vm == vm && stamp.state == OwnerState::Stale)
+            {
+                images::remove(&place.path)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Gives the VM process its order. From here on it decides.
+    async fn order(
+        &self,
+        vm: &VmDir,
+        draft: &Draft,
+        target: Option<Listening>,
+        copies: Vec<DiskPlacement>,
+    ) -> Result<(), ApiError> {
+        let order = MoveOrder {
+            move_id: draft.move_id.clone(),
+            from: draft.plan.from.clone(),
+            to: draft.plan.to.clone(),
+            target,
+            copies,
+            max_downtime_ms: draft.request.max_downtime_ms,
+            bandwidth: draft.request.bandwidth,
+            keep_source: draft.request.keep_source,
+            audit: draft.request.audit,
+            plain: draft.request.insecure_plain,
+        };
+        let text = serde_json::to_string(&draft.request)
+            .map_err(|e| ApiError::internal(format!("cannot write the request: {e}")))?;
+        let path = vm.path().join(REQUEST_FILE);
+        blocking(move || Ok(write_private(&path, &text)?)).await?;
+        let vm_name = &draft.plan.vm;
+        match control::ask(vm.path(), &Request::Move(Box::new(order))).await {
+            Ok(Reply::Ok) => Ok(()),
+            Ok(other) => Err(ApiError::vm_process(format!(
+                "cannot move VM {vm_name:?}: {}",
+                control::unexpected(&other)
+            ))),
+            Err(error) => Err(ApiError::vm_process(format!("cannot move VM {vm_name:?}: {error}"))),
+        }
+    }
+
+    /// Follows a move to its end, keeps its report, and has the target cleaned up if it was not committed.
+    async fn follow_move(
+        self: &Arc<Self>,
+        name: &str,
+        move_id: &str,
+        target: Option<String>,
+        reservation: Reservation,
+    ) {
+        let Ok(vm) = self.registry.vm(name) else { return };
+        let last = loop {
+            let answer = control::ask(vm.path(), &Request::MoveStatus).await;
+            let deaf = matches!(answer, Err(ControlError::Gone(_)));
+            if let Ok(Reply::MoveStatus(Some(progress))) = answer
+                && progress.move_id == move_id
+                && has_ended(&progress)
+            {
+                break Some(*progress);
+            }
+            if deaf && self.wait_gone(&vm, FOLLOW_INTERVAL).await {
+                break vm.saved_move(move_id);
+            }
+            if !self.pause(FOLLOW_INTERVAL).await {
+                return;
+            }
+        };
+        match last.as_ref().map(|progress| (&progress.phase, &progress.report, &progress.error)) {
+            Some((phase, _, error)) => tracing::info!(vm = name, move_id, phase, ?error, "move ended"),
+            None => tracing::warn!(vm = name, move_id, "the VM's process ended without a report of its move"),
+        }
+        if let Some(progress) = last
+            && let Err(error) = self.keep_progress(&progress)
+        {
+            tracing::warn!(vm = name, %error, "cannot keep the report of a move");
+        }
+        let (look, id) = (vm.clone(), move_id.to_owned());
+        let committed = blocking(move || is_committed(&look, &id)).await;
+        match (target, committed) {
+            (Some(host), Ok(false)) => self.discard_at(&host, move_id).await,
+            (Some(_), _) => {}
+            (None, _) => {
+                images::remove_empty_dirs(&self.stores, name);
+                // Keeps the datastores as they are now.
+                if let Err(error) = self.view(name).await {
+                    tracing::warn!(vm = name, %error, "cannot note the VM's datastores");
+                }
+            }
+        }
+        drop(reservation);
+    }
+
+    /// A move that an earlier agent began.
+    pub(super) fn follow_adopted_move(self: &Arc<Self>, name: &str, move_id: String) {
+        let Ok(reservation) = self.registry.reserve(name, "on the move") else { return };
+        let (agent, name) = (self.clone(), name.to_owned());
+        tokio::spawn(async move {
+            let Ok(vm) = agent.registry.vm(&name) else { return };
+            let look = vm.clone();
+            let target = blocking(move || {
+                Ok(match look.journal()?.standing() {
+                    Standing::Moving { to_host, .. } => to_host.clone(),
+                    _ => None,
+                })
+            })
+            .await
+            .unwrap_or_default();
+            agent.follow_move(&name, &move_id, target, reservation).await;
+        });
+    }
+
+    fn keep_progress(&self, progress: &MoveProgress) -> Result<(), ApiError> {
+        let path = self.archive_dir()?.join(format!("{}.json", progress.move_id));
+        let text = serde_json::to_string_pretty(progress)
+            .map_err(|e| ApiError::internal(format!("cannot write a report: {e}")))?;
+        Ok(write_private(&path, &text)?)
+    }
+
+    /// Has another host forget a move that was not committed. It would find that out itself, only later.
+    pub(super) async fn discard_at(&self, host: &str, move_id: &str) {
+        let path = format!("/v1/incoming/{move_id}");
+        let gone: Result<(), ApiError> =
+            self.peers.call(host, Method::DELETE, &path, None::<&()>, peers::LONG).await;
+        match gone {
+            Err(error) if !peers::is_not_found(&error) => {
+                tracing::warn!(host, move_id, %error, "the target was not told that the move is off");
+            }
+            _ => {}
+        }
+    }
+
+    /// How far a move is that was led from here, or how it ended.
+    pub async fn progress(&self, move_id: &str) -> Result<Option<MoveProgress>, ApiError> {
+        MoveId::new(move_id).map_err(|e| ApiError::invalid(e.to_string()))?;
+        // Twice: the report of a process that ends changes its place.
+        for _ in 0..2 {
+            for name in self.registry.names()? {
+                let vm = self.registry.vm(&name)?;
+                if super::incoming::arrives_by(&vm, move_id) {
+                    continue;
+                }
+                if let Ok(Reply::MoveStatus(Some(progress))) =
+                    control::ask(vm.path(), &Request::MoveStatus).await
+                    && progress.move_id == move_id
+                {
+                    return Ok(Some(*progress));
+                }
+                if let Some(progress) = vm.saved_move(move_id) {
+                    return Ok(Some(progress));
+                }
+            }
+            if let Some(progress) = read_progress(&self.archive_dir()?.join(format!("{move_id}.json"))) {
+                return Ok(Some(progress));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Gives a move up that is led from here.
+    pub async fn cancel(&self, move_id: &str) -> Result<(), ApiError> {
+        for name in self.registry.names()? {
+            let vm = self.registry.vm(&name)?;
+            let Ok(status) = control::status(vm.path()).await else { continue };
+            if status.moving.as_deref() == Some(move_id) {
+                return match control::ask(vm.path(), &Request::Cancel).await {
+                    Ok(_) => Ok(()),
+                    Err(ControlError::Refused(why)) => {
+                        Err(ApiError::conflict(format!("move {move_id} cannot be cancelled: {why}")))
+                    }
+                    Err(error) => Err(ApiError::vm_process(format!("cannot cancel move {move_id}: {error}"))),
+                };
+            }
+        }
+        match self.progress(move_id).await? {
+            Some(_) => Err(ApiError::conflict(format!("move {move_id} has ended already"))),
+            None => Err(ApiError::not_found(format!("there is no move {move_id}"))),
+        }
+    }
+}
+
+/// A move in the making.
+struct Draft {
+    request: MoveRequest,
+    status: ProcessStatus,
+    shapes: Vec<ImageShape>,
+    plan: MovePlan,
+    move_id: String,
+}
+
+impl Draft {
+    /// The other host, if it leaves this one.
+    fn target(&self, own: &str) -> Option<String> {
+        self.request.host.clone().filter(|host| host != own)
+    }
+}
+
+/// Structure of a VM's images, in the order of its disks.
+fn shapes(status: &ProcessStatus) -> Result<Vec<ImageShape>, ApiError> {
+    let mut shapes = Vec::with_capacity(status.disks.len());
+    for disk in &status.disks {
+        let definition = status.vm.disks.iter().find(|known| known.name == disk.name).ok_or_else(|| {
+            ApiError::internal(format!("VM {:?} has no disk {:?}", status.vm.name, disk.name))
+        })?;
+        let info = vmove_storage::info(&disk.path)?;
+        shapes.push(ImageShape {
+            name: disk.name.clone(),
+            format: definition.format,
+            virtual_bytes: info.virtual_bytes,
+            cluster_bytes: info.cluster_bytes.unwrap_or(0),
+            allocated_bytes: info.allocated_bytes,
+        });
+    }
+    Ok(shapes)
+}
+
+fn not_running(name: &str, view: &VmView) -> ApiError {
+    match view.state {
+        VmState::Moving => ApiError::busy(format!(
+            "VM {name:?} is on the move already ({})",
+            view.moving.as_deref().unwrap_or("its report comes")
+        )),
+        VmState::Undecided => ApiError::undecided(format!(
+            "VM {name:?}: {}",
+            view.error.as_deref().unwrap_or("its owner is not decided")
+        )),
+        state => ApiError::conflict(format!(
+            "VM {name:?} is {}; only a running VM can be moved{}",
+            word(state),
+            view.error.as_ref().map_or_else(String::new, |error| format!(" ({error})"))
+        )),
+    }
+}
+
+fn aim(request: &MoveRequest) -> String {
+    match (&request.host, &request.datastore) {
+        (Some(host), Some(store)) => format!("host {host}, datastore {store}"),
+        (Some(host), None) => format!("host {host}"),
+        (None, Some(store)) => format!("datastore {store}"),
+        (None, None) => "where it shall go".to_owned(),
+    }
+}
+
+/// Files in the way of images to come: anything but the VM's own stale image of an earlier generation.
+pub(super) fn occupied(places: &[DiskPlacement], vm: &str, generation: u64) -> Result<Vec<String>, ApiError> {
+    let mut blockers = Vec::new();
+    for place in places {
+        let stamp = Stamp::read(&place.path)?;
+        if !place.path.exists() && stamp.is_none() {
+            continue;
+        }
+        let stale = |stamp: &Stamp| {
+            stamp.vm == vm && stamp.state == OwnerState::Stale && stamp.generation < generation
+        };
+        if !stamp.as_ref().is_some_and(stale) {
+            blockers.push(format!(
+                "disk {}: there is a file at {} already; remove it or name another datastore",
+                place.name,
+                place.path.display()
+            ));
+        }
+    }
+    Ok(blockers)
+}
+
+fn has_ended(progress: &MoveProgress) -> bool {
+    progress.report.is_some()
+        || progress.error.is_some()
+        || matches!(progress.phase.as_str(), "completed" | "aborted")
+}
+
+/// Whether the move left this host for good, by the journal. A directory that is gone was released: committed.
+fn is_committed(vm: &VmDir, move_id: &str) -> Result<bool, ApiError> {
+    if !vm.path().exists() {
+        return Ok(true);
+    }
+    let id = MoveId::new(move_id)?;
+    Ok(match vm.journal()?.standing() {
+        Standing::Committed { move_id, .. } | Standing::Released { move_id } => *move_id == id,
+        // Undecided as yet: whoever settles it tells the target.
+        Standing::Moving { move_id, .. } => *move_id == id,
+        _ => false,
+    })
+}
+
+/// Length and BLAKE3 of a file.
+fn digest(path: &Path) -> Result<FileDigest, ApiError> {
+    let read = |e: std::io::Error| ApiError::io("read", path, &e);
+    let mut file = std::fs::File::open(path).map_err(read)?;
+    let mut hasher = blake3::Hasher::new();
+    let mut buffer = vec![0; CHUNK];
+    let mut bytes = 0;
+    loop {
+        let n = file.read(&mut buffer).map_err(read)?;
+        if n == 0 {
+            return Ok(FileDigest { bytes, blake3: hasher.finalize().to_hex().to_string() });
+        }
+        hasher.update(&buffer[..n]);
+        bytes += n as u64;
+    }
+}
+
+/// A file as the body of a request, read as it is sent.
+async fn file_body(path: &Path) -> Result<Body, ApiError> {
+    let file = tokio::fs::File::open(path).await.map_err(|e| ApiError::io("open", path, &e))?;
+    let path: PathBuf = path.to_path_buf();
+    Ok(Body::from_stream(stream::try_unfold((file, path), |(mut file, path)| async move {
+        let mut buffer = vec![0; CHUNK];
+        let n = file.read(&mut buffer).await?;
+        buffer.truncate(n);
+        Ok::<_, std::io::Error>((n > 0).then_some((Bytes::from(buffer), (file, path))))
+    })))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use vmove_mirror::journal::Record;
+
+    #[test]
+    fn only_an_old_stale_image_of_the_same_vm_may_be_replaced() {
+        let dir = tempfile::tempdir().unwrap();
+        let place =
+            DiskPlacement { name: "vda".into(), datastore: "x".into(), path: dir.path().join("vda.qcow2") };
+        let places = [place.clone()];
+        assert!(occupied(&places, "web", 3).unwrap().is_empty());
+        std::fs::write(&place.path, b"x").unwrap();
+        assert_eq!(occupied(&places, "web", 3).unwrap().len(), 1);
+        for (vm, generation, state, free) in [
+            ("web", 2, OwnerState::Stale, true),
+            ("web", 3, OwnerState::Stale, false),
+            ("db", 2, OwnerState::Stale, false),
+            ("web", 2, OwnerState::Owned, false),
+            ("web", 2, OwnerState::Incoming, false),
+        ] {
+            Stamp { vm: vm.into(), generation, state }.write(&place.path).unwrap();
+            assert_eq!(occupied(&places, "web", 3).unwrap().is_empty(), free, "{vm} {generation} {state:?}");
+        }
+    }
+
+    #[test]
+    fn the_target_is_cleaned_up_only_when_the_journal_says_no() {
+        let dir = tempfile::tempdir().unwrap();
+        let vm = VmDir::new(dir.path().join("web"));
+        assert!(is_committed(&vm, "m").unwrap(), "released and removed");
+        std::fs::create_dir(vm.path()).unwrap();
+        let id = MoveId::new("m").unwrap();
+        vm.append(&Record::Owner { generation: 1, disks: vec![] }).unwrap();
+        assert!(!is_committed(&vm, "m").unwrap());
+        vm.append(&Record::Moving { move_id: id.clone(), to_host: Some("b".into()), generation: 2 }).unwrap();
+        assert!(is_committed(&vm, "m").unwrap(), "not decided");
+        vm.append(&Record::Committed { move_id: id }).unwrap();
+        assert!(is_committed(&vm, "m").unwrap());
+    }
+
+    #[test]
+    fn a_digest_is_of_the_whole_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("kernel");
+        let bytes: Vec<u8> = (0..CHUNK * 2 + 17).map(|i| i as u8).collect();
+        std::fs::write(&path, &bytes).unwrap();
+        let digest = digest(&path).unwrap();
+        assert_eq!(digest.bytes, bytes.len() as u64);
+        assert_eq!(digest.blake3, blake3::hash(&bytes).to_hex().to_string());
+    }
+}

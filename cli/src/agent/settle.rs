@@ -1,0 +1,472 @@
+//! What is done with a VM whose process has ended, by the failure table (`vmove_mirror::recovery`), and the words that decide it.
+//!
+//! Lives here: carrying the table out: journal first, then images and directories; asking the source again and again. Never enters:
+//! the table itself.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures_util::future::BoxFuture;
+use hyper::Method;
+use vmove_compute::process::protocol::{Request, RunState, Start};
+use vmove_mirror::journal::{self, MoveId, Record, Standing};
+use vmove_mirror::recovery::{PeerAnswer, Settlement, settle};
+use vmove_storage::{OwnerState, Stamp};
+
+use super::control::{self, ControlError};
+use super::error::{ApiError, blocking};
+use super::vmdir::{AppendError, VmDir, placements, read_progress};
+use super::{Agent, create, images, peers, process};
+use crate::api::types::{
+    DiskPlacement, MoveRequest, Verdict, VerdictAnswer, VmDefinition, VmDetail, VmState,
+};
+
+/// First gap between two questions; it doubles.
+const FIRST_GAP: Duration = Duration::from_millis(250);
+/// Largest gap between two questions.
+const LAST_GAP: Duration = Duration::from_secs(15);
+/// How often an arriving VM is looked at.
+const ARRIVAL_INTERVAL: Duration = Duration::from_millis(300);
+/// How often a VM that somebody else works on is tried again.
+const BUSY_INTERVAL: Duration = Duration::from_millis(100);
+
+/// What became of one attempt.
+enum Settled {
+    Done,
+    Busy,
+    Again,
+}
+
+impl Agent {
+    /// Brings a VM without a process to what the failure table says; tries until that is done, or the agent ends.
+    ///
+    /// Boxed: settling may boot a VM, whose end is settled in turn.
+    pub(super) fn settle(self: &Arc<Self>, name: &str) -> BoxFuture<'static, ()> {
+        let (agent, name) = (self.clone(), name.to_owned());
+        Box::pin(async move { agent.settle_until_done(&name).await })
+    }
+
+    async fn settle_until_done(self: &Arc<Self>, name: &str) {
+        let mut gap = FIRST_GAP;
+        loop {
+            let wait = match self.settle_once(name).await {
+                Ok(Settled::Done) => return,
+                Ok(Settled::Busy) => BUSY_INTERVAL,
+                Ok(Settled::Again) => gap,
+                Err(error) => {
+                    tracing::error!(vm = name, %error, "cannot settle the VM");
+                    gap
+                }
+            };
+            if wait == gap {
+                gap = (gap * 2).min(LAST_GAP);
+            }
+            if !self.pause(wait).await {
+                return;
+            }
+        }
+    }
+
+    async fn settle_once(self: &Arc<Self>, name: &str) -> Result<Settled, ApiError> {
+        let Ok(_reservation) = self.registry.reserve(name, "being settled after its process ended") else {
+            return Ok(Settled::Busy);
+        };
+        let vm = self.registry.vm(name)?;
+        let look = vm.clone();
+        let found = blocking(move || {
+            if !look.path().exists() || process::find(look.path()).is_some() {
+                return Ok(None);
+            }
+            Ok(Some(look.journal()?.standing().clone()))
+        })
+        .await?;
+        let Some(standing) = found else { return Ok(Settled::Done) };
+        let answer = match &standing {
+            Standing::Incoming { prepared: true, from_host, move_id, .. } => {
+                match self.ask_verdict(from_host, name, move_id.as_str()).await {
+                    Ok(verdict) => PeerAnswer::Said(journal_verdict(verdict)),
+                    Err(error) => {
+                        tracing::warn!(vm = name, %error, "the source's word is awaited");
+                        PeerAnswer::Unreachable
+                    }
+                }
+            }
+            _ => PeerAnswer::Unreachable,
+        };
+        let settlement = settle(&standing, answer);
+        tracing::info!(vm = name, ?settlement, "VM without a process");
+        match settlement {
+            Settlement::Startable => Ok(Settled::Done),
+            Settlement::AbortThenStartable => {
+                self.abort_source(name, &vm, &standing).await?;
+                Ok(Settled::Done)
+            }
+            Settlement::OwnThenBoot => {
+                if let Standing::Incoming { generation, disks, .. } = standing {
+                    append(&vm, Record::Owner { generation, disks }).await?;
+                }
+                self.boot(name).await?;
+                Ok(Settled::Done)
+            }
+            Settlement::AbortThenDiscard => {
+                if let Standing::Incoming { move_id, .. } = &standing {
+                    append(&vm, Record::Aborted { move_id: move_id.clone() }).await?;
+                }
+                self.discard(name, &vm).await?;
+                Ok(Settled::Done)
+            }
+            Settlement::Discard => {
+                self.discard(name, &vm).await?;
+                Ok(Settled::Done)
+            }
+            Settlement::Fenced => self.confirm_gone(name, &vm, &standing).await,
+            Settlement::Ask => Ok(Settled::Again),
+        }
+    }
+
+    /// A source whose process died before the commit: the move is off, the VM can be started again.
+    async fn abort_source(
+        self: &Arc<Self>,
+        name: &str,
+        vm: &VmDir,
+        standing: &Standing,
+    ) -> Result<(), ApiError> {
+        let Standing::Moving { move_id, to_host, disks, .. } = standing else { return Ok(()) };
+        append(vm, Record::Aborted { move_id: move_id.clone() }).await?;
+        let (agent, owner, keep) = (self.clone(), name.to_owned(), placements(disks));
+        blocking(move || agent.remove_unfinished(&owner, &keep)).await?;
+        if let Some(host) = to_host {
+            self.discard_at(host, move_id.as_str()).await;
+        }
+        Ok(())
+    }
+
+    /// Removes images of a VM that a broken-off move left unfinished in this host's datastores.
+    pub(super) fn remove_unfinished(&self, name: &str, keep: &[DiskPlacement]) -> Result<(), ApiError> {
+        for store in &self.stores {
+            for (_, _, path) in store.list_images(name)? {
+                let unfinished = Stamp::read(&path)?
+                    .is_some_and(|stamp| stamp.vm == name && stamp.state == OwnerState::Incoming);
+                if unfinished && !keep.iter().any(|disk| disk.path == path) {
+                    images::remove(&path)?;
+                }
+            }
+        }
+        images::remove_empty_dirs(&self.stores, name);
+        Ok(())
+    }
+
+    /// A VM that has left, whose target has not said so to the process here: asks the target's agent.
+    async fn confirm_gone(
+        self: &Arc<Self>,
+        name: &str,
+        vm: &VmDir,
+        standing: &Standing,
+    ) -> Result<Settled, ApiError> {
+        let Standing::Committed { move_id, to_host, generation, .. } = standing else {
+            return Ok(Settled::Done);
+        };
+        let path = format!("/v1/vms/{name}");
+        let there: Result<VmDetail, ApiError> =
+            self.peers.call(to_host, Method::GET, &path, None::<&()>, peers::SHORT).await;
+        let owned = there.is_ok_and(|there| {
+            there.summary.generation >= *generation
+                && !matches!(there.summary.state, VmState::Incoming | VmState::Undecided)
+        });
+        if !owned {
+            return Ok(Settled::Again);
+        }
+        append(vm, Record::Released { move_id: move_id.clone() }).await?;
+        self.discard(name, vm).await?;
+        Ok(Settled::Done)
+    }
+
+    /// Removes what is here of a VM that is not this host's: images, directory. Reports of moves are kept.
+    async fn discard(self: &Arc<Self>, name: &str, vm: &VmDir) -> Result<(), ApiError> {
+        let (agent, owner, dir) = (self.clone(), name.to_owned(), vm.clone());
+        blocking(move || {
+            agent.discard_images(&owner, &dir)?;
+            images::remove_empty_dirs(&agent.stores, &owner);
+            agent.archive_moves(&dir)?;
+            agent.remove_dir(&dir)
+        })
+        .await?;
+        self.registry.set_ended(name, None);
+        tracing::info!(vm = name, "nothing of the VM is left here");
+        Ok(())
+    }
+
+    fn discard_images(&self, name: &str, vm: &VmDir) -> Result<(), ApiError> {
+        match vm.journal()?.standing() {
+            Standing::Released { .. } => retire(name, vm),
+            Standing::Incoming { disks, .. } | Standing::Discarded { disks, .. } => {
+                remove_arrived(name, &placements(disks))
+            }
+            Standing::Nothing => {
+                // Either an arrival that did not come as far as its first record, or a creation.
+                if let Some(launch) = vm.launch()
+                    && matches!(launch.start, Start::Incoming(_))
+                {
+                    return remove_arrived(name, &launch.disks);
+                }
+                match vm.definition() {
+                    Ok(definition) => self.remove_half_made(&definition),
+                    Err(_) => Ok(()),
+                }
+            }
+            Standing::Owner { .. } | Standing::Moving { .. } | Standing::Committed { .. } => {
+                Err(ApiError::internal(format!("VM {name:?} is not to be discarded: it has an owner")))
+            }
+        }
+    }
+
+    fn remove_half_made(&self, definition: &VmDefinition) -> Result<(), ApiError> {
+        for disk in &definition.disks {
+            let Ok(store) = self.store(&disk.datastore) else { continue };
+            let path = store.image_path(&definition.name, &disk.name, images::format_of(disk.format))?;
+            if Stamp::read(&path)?.is_some_and(|stamp| create::is_unfinished(&stamp, &definition.name)) {
+                images::remove(&path)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Moves the reports of a VM's moves to where they outlive its directory.
+    fn archive_moves(&self, vm: &VmDir) -> Result<(), ApiError> {
+        let Ok(entries) = std::fs::read_dir(vm.moves()) else { return Ok(()) };
+        let archive = self.archive_dir()?;
+        for entry in entries.filter_map(Result::ok) {
+            let from = entry.path();
+            if from.extension().is_some_and(|extension| extension == "json") {
+                let to = archive.join(entry.file_name());
+                std::fs::rename(&from, &to).map_err(|e| ApiError::io("keep", &from, &e))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Where reports of moves are kept: `<state>/moves`.
+    pub(super) fn archive_dir(&self) -> Result<std::path::PathBuf, ApiError> {
+        let dir = self.state.join("moves");
+        std::fs::create_dir_all(&dir).map_err(|e| ApiError::io("create", &dir, &e))?;
+        Ok(dir)
+    }
+
+    /// Asks the agent of a move's source how it went.
+    async fn ask_verdict(&self, host: &str, vm: &str, move_id: &str) -> Result<Verdict, ApiError> {
+        let path = format!("/v1/vms/{vm}/moves/{move_id}/verdict");
+        let answer: VerdictAnswer =
+            self.peers.call(host, Method::GET, &path, None::<&()>, peers::SHORT).await?;
+        Ok(answer.verdict)
+    }
+
+    /// How a move from here went. With a dead process that had not committed, `Aborted` is journaled before it is said.
+    pub async fn verdict(self: &Arc<Self>, name: &str, move_id: &str) -> Result<Verdict, ApiError> {
+        let id = MoveId::new(move_id).map_err(|e| ApiError::invalid(e.to_string()))?;
+        let vm = self.registry.vm(name)?;
+        match control::ask(vm.path(), &Request::Verdict { move_id: move_id.to_owned() }).await {
+            Ok(vmove_compute::process::protocol::Reply::Verdict(verdict)) => return Ok(verdict),
+            Err(ControlError::Gone(_)) => {}
+            // It lives and decides itself: until it says so, nothing is decided.
+            Ok(_) | Err(_) => return Ok(Verdict::Moving),
+        }
+        let (dir, archive) = (vm.clone(), self.archive_dir()?);
+        let file = archive.join(format!("{move_id}.json"));
+        let verdict = blocking(move || verdict_of_dead(&dir, &id, &file)).await?;
+        if verdict == Verdict::Aborted && vm.path().exists() {
+            let (agent, owned) = (self.clone(), name.to_owned());
+            tokio::spawn(async move { agent.settle(&owned).await });
+        }
+        Ok(verdict)
+    }
+
+    /// Follows a VM that arrives until it runs here or is gone, and fetches the source's word when the process cannot hear it.
+    pub(super) fn follow_arrival(self: &Arc<Self>, name: &str) {
+        let (agent, name) = (self.clone(), name.to_owned());
+        tokio::spawn(async move {
+            let Ok(vm) = agent.registry.vm(&name) else { return };
+            let mut gap = FIRST_GAP;
+            loop {
+                let wait = match control::status(vm.path()).await {
+                    Ok(status) if status.state == RunState::Incoming => ARRIVAL_INTERVAL,
+                    Ok(status) if status.state == RunState::Undecided => {
+                        if let Some((move_id, host)) = status.incoming {
+                            agent.fetch_word(&vm, &name, &move_id, &host).await;
+                        }
+                        gap = (gap * 2).min(LAST_GAP);
+                        gap
+                    }
+                    Ok(_) => {
+                        // Keeps the definition the guest came with.
+                        if let Err(error) = agent.view(&name).await {
+                            tracing::warn!(vm = name, %error, "cannot note the arrival");
+                        }
+                        tracing::info!(vm = name, "VM has arrived");
+                        return;
+                    }
+                    Err(ControlError::Gone(_)) => return,
+                    Err(_) => ARRIVAL_INTERVAL,
+                };
+                if !agent.pause(wait).await {
+                    return;
+                }
+            }
+        });
+    }
+
+    async fn fetch_word(&self, vm: &VmDir, name: &str, move_id: &str, host: &str) {
+        match self.ask_verdict(host, name, move_id).await {
+            Ok(Verdict::Moving) => {}
+            Ok(verdict) => {
+                let request = Request::Resolve { move_id: move_id.to_owned(), verdict };
+                if let Err(error) = control::ask(vm.path(), &request).await {
+                    tracing::warn!(vm = name, %error, "the source's word was not taken");
+                }
+            }
+            Err(error) => tracing::warn!(vm = name, %error, "the source's word is awaited"),
+        }
+    }
+}
+
+/// Images of a VM that runs elsewhere: removed, or kept as stale if that was asked for. The VM process does this itself; here
+/// it is made up for after a crash.
+fn retire(name: &str, vm: &VmDir) -> Result<(), ApiError> {
+    let owned = vm.records()?.into_iter().rev().find_map(|record| match record {
+        Record::Owner { generation, disks } => Some((generation, disks)),
+        _ => None,
+    });
+    let Some((generation, disks)) = owned else { return Ok(()) };
+    let keep = saved_request(vm).is_some_and(|request| request.keep_source);
+    for disk in placements(&disks) {
+        let Some(stamp) = Stamp::read(&disk.path)? else { continue };
+        if stamp.vm != name || stamp.generation > generation || stamp.state != OwnerState::Owned {
+            continue;
+        }
+        if keep {
+            Stamp { state: OwnerState::Stale, ..stamp }.write(&disk.path)?;
+        } else {
+            images::remove(&disk.path)?;
+        }
+    }
+    Ok(())
+}
+
+/// Appends a record with nobody else at the journal.
+async fn append(vm: &VmDir, record: Record) -> Result<(), ApiError> {
+    let vm = vm.clone();
+    blocking(move || Ok(vm.append(&record)?)).await
+}
+
+fn journal_verdict(verdict: Verdict) -> journal::Verdict {
+    match verdict {
+        Verdict::Committed => journal::Verdict::Committed,
+        Verdict::Aborted => journal::Verdict::Aborted,
+        Verdict::Moving => journal::Verdict::Moving,
+    }
+}
+
+/// The word of a source without a process. `archived` is where the report of a move that has ended would be.
+fn verdict_of_dead(vm: &VmDir, id: &MoveId, archived: &Path) -> Result<Verdict, ApiError> {
+    if process::find(vm.path()).is_some() {
+        return Ok(Verdict::Moving);
+    }
+    match vm.journal()?.verdict(id) {
+        journal::Verdict::Committed => Ok(Verdict::Committed),
+        journal::Verdict::Moving => match vm.append(&Record::Aborted { move_id: id.clone() }) {
+            Ok(()) => Ok(Verdict::Aborted),
+            Err(AppendError::InUse) => Ok(Verdict::Moving),
+            Err(AppendError::Failed(error)) => Err(error),
+        },
+        journal::Verdict::Aborted => {
+            let completed = read_progress(archived)
+                .and_then(|progress| progress.report)
+                .is_some_and(|report| report.outcome == "completed" && report.from.host != report.to.host);
+            Ok(if completed { Verdict::Committed } else { Verdict::Aborted })
+        }
+    }
+}
+
+/// Removes images made for an arrival that will not be.
+fn remove_arrived(name: &str, disks: &[DiskPlacement]) -> Result<(), ApiError> {
+    for disk in disks {
+        let ours = match Stamp::read(&disk.path)? {
+            Some(stamp) => stamp.vm == name && stamp.state != OwnerState::Stale,
+            // Made, and the crash came before the stamp: the path was free when the arrival began.
+            None => true,
+        };
+        if ours {
+            images::remove(&disk.path)?;
+        }
+    }
+    Ok(())
+}
+
+/// The request that a VM's last move was begun with.
+fn saved_request(vm: &VmDir) -> Option<MoveRequest> {
+    serde_json::from_slice(&std::fs::read(vm.path().join(super::moves::REQUEST_FILE)).ok()?).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::agent::vmdir::disks_at;
+    use vmove_storage::JournalFile;
+
+    fn source(records: &[Record]) -> (tempfile::TempDir, VmDir) {
+        let dir = tempfile::tempdir().unwrap();
+        let vm = VmDir::new(dir.path().to_path_buf());
+        for record in records {
+            vm.append(record).unwrap();
+        }
+        (dir, vm)
+    }
+
+    #[test]
+    fn a_dead_source_journals_aborted_before_it_says_so() {
+        let id = MoveId::new("m").unwrap();
+        let owner = Record::Owner { generation: 1, disks: disks_at(&[]).unwrap() };
+        let moving = Record::Moving { move_id: id.clone(), to_host: Some("b".into()), generation: 2 };
+        let none = Path::new("/nonexistent");
+
+        let (dir, vm) = source(&[owner.clone(), moving.clone()]);
+        let held = JournalFile::open(&dir.path().join("journal")).unwrap();
+        assert_eq!(verdict_of_dead(&vm, &id, none).unwrap(), Verdict::Moving, "somebody has the journal");
+        drop(held);
+        assert_eq!(verdict_of_dead(&vm, &id, none).unwrap(), Verdict::Aborted);
+        assert_eq!(vm.records().unwrap().last(), Some(&Record::Aborted { move_id: id.clone() }));
+        assert!(vm.append(&Record::Committed { move_id: id.clone() }).is_err());
+
+        let (_dir, vm) = source(&[owner, moving, Record::Committed { move_id: id.clone() }]);
+        assert_eq!(verdict_of_dead(&vm, &id, none).unwrap(), Verdict::Committed);
+        let (_dir, vm) = source(&[]);
+        assert_eq!(verdict_of_dead(&vm, &id, none).unwrap(), Verdict::Aborted, "unknown here");
+    }
+
+    #[test]
+    fn a_broken_off_arrival_leaves_no_image_but_spares_others() {
+        let dir = tempfile::tempdir().unwrap();
+        let disk = |name: &str| DiskPlacement {
+            name: name.into(),
+            datastore: "x".into(),
+            path: dir.path().join(name),
+        };
+        let stamp = |vm: &str, state| Stamp { vm: vm.into(), generation: 2, state };
+        for (name, found) in [
+            ("bare", None),
+            ("arriving", Some(stamp("web", OwnerState::Incoming))),
+            ("stale", Some(stamp("web", OwnerState::Stale))),
+            ("other", Some(stamp("db", OwnerState::Owned))),
+        ] {
+            let disk = disk(name);
+            std::fs::write(&disk.path, b"x").unwrap();
+            if let Some(stamp) = found {
+                stamp.write(&disk.path).unwrap();
+            }
+        }
+        let all = ["bare", "arriving", "stale", "other", "missing"].map(disk);
+        remove_arrived("web", &all).unwrap();
+        let left: Vec<bool> = all.iter().map(|disk| disk.path.exists()).collect();
+        assert_eq!(left, [false, false, true, true, false]);
+    }
+}
