@@ -6,10 +6,13 @@ use std::ffi::OsString;
 
 use clap::{CommandFactory, Parser, Subcommand};
 
+use super::agent::AgentArgs;
 use super::console::ConsoleArgs;
 use super::create::CreateArgs;
 use super::hosts::{DatastoreCommand, HostCommand};
 use super::image::ImageCommand;
+use super::init::{InitArgs, TokenArgs};
+use super::join::JoinArgs;
 use super::move_vm::{MoveArgs, MoveIdArgs};
 use super::vm_process::VmProcessArgs;
 use super::vms::{ListArgs, ShowArgs, VmArgs};
@@ -63,6 +66,14 @@ pub enum Command {
     Status(MoveIdArgs),
     /// Give up a move
     Cancel(MoveIdArgs),
+    /// Run the agent of this host
+    Agent(AgentArgs),
+    /// Make a new cluster, of this host alone
+    Init(InitArgs),
+    /// Make a token with which another host can join (on the first host)
+    Token(TokenArgs),
+    /// Make this host one of a cluster
+    Join(JoinArgs),
     /// Hosts
     #[command(subcommand)]
     Host(HostCommand),

@@ -3,12 +3,15 @@
 //! A command is a clap structure with a `run` that takes the client of the nearest agent where it needs one and ends in a
 //! [`CommandError`] or not at all. Lives here: the way from words to requests, exit codes. Never enters: HTTP, guest bytes.
 
+mod agent;
 mod cli;
 mod console;
 mod create;
 mod error;
 mod hosts;
 mod image;
+mod init;
+mod join;
 mod move_vm;
 mod vm_process;
 mod vms;
@@ -41,11 +44,16 @@ pub fn main(words: impl IntoIterator<Item = OsString>) -> ExitCode {
 }
 
 fn run(cli: Cli) -> Result<(), CommandError> {
-    logging(if matches!(cli.command, Command::VmProcess(_)) { "info" } else { "warn" });
+    let daemon = matches!(cli.command, Command::Agent(_) | Command::VmProcess(_));
+    logging(if daemon { "info" } else { "warn" });
     let agent = cli.agent;
     match cli.command {
         Command::Image(image) => image.run(),
         Command::VmProcess(args) => args.run(),
+        Command::Agent(args) => blocking(args.run()),
+        Command::Init(args) => args.run(),
+        Command::Token(args) => args.run(),
+        Command::Join(args) => blocking(args.run()),
         Command::Demo(args) => blocking(async move { args.run().await }),
         Command::Bench(args) => blocking(async move { args.run().await }),
         // A mistyped command is taken for a VM: say so before looking for an agent.
@@ -69,9 +77,14 @@ async fn with_agent(command: Command, client: &Client) -> Result<(), CommandErro
         Command::Cancel(args) => args.cancel(client).await,
         Command::Host(command) => command.run(client).await,
         Command::Datastore(command) => command.run(client).await,
-        Command::Image(_) | Command::Demo(_) | Command::Bench(_) | Command::VmProcess(_) => {
-            unreachable!("these ask no agent")
-        }
+        Command::Image(_)
+        | Command::Demo(_)
+        | Command::Bench(_)
+        | Command::VmProcess(_)
+        | Command::Init(_)
+        | Command::Token(_)
+        | Command::Join(_)
+        | Command::Agent(_) => unreachable!("these ask no agent"),
     }
 }
 

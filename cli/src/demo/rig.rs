@@ -96,13 +96,13 @@ impl Rig {
     pub async fn start(&mut self) -> Result<(), DemoError> {
         let [first, second] = HOSTS;
         let addresses = free_addresses()?;
-        let invitation = self.command("init", first, &[], &addresses[0]).await?;
+        let invitation = self.command("init", first, None, &addresses[0]).await?;
         self.agent(first).await?;
         let token = token(&invitation).ok_or_else(|| DemoError::Command {
             command: "init".to_owned(),
             output: format!("no '--token' in what it printed:\n{invitation}"),
         })?;
-        self.command("join", second, &[&addresses[0], "--token", token], &addresses[1]).await?;
+        self.command("join", second, Some((&addresses[0], token)), &addresses[1]).await?;
         self.agent(second).await?;
         for host in HOSTS {
             self.acquainted(host).await?;
@@ -114,21 +114,25 @@ impl Rig {
         self.dir.path().join(host)
     }
 
-    /// Runs `init` or `join` for a host and gives back what it printed.
+    /// Runs `init`, or `join` with the address and the token of who invited, for a host and gives back what it printed.
     async fn command(
         &self,
         command: &str,
         host: &str,
-        more: &[&str],
+        invitation: Option<(&str, &str)>,
         address: &str,
     ) -> Result<String, DemoError> {
         let mut process = Command::new(&self.program);
-        process.arg(command).args(more).arg("--state").arg(self.state(host));
+        process.arg(command).arg("--state").arg(self.state(host));
         process.args(["--name", host, "--listen", address]);
         for datastore in DATASTORES {
             let path = self.dir.path().join(format!("{host}-{datastore}"));
             fs::create_dir(&path).map_err(DemoError::io(format!("making {}", path.display())))?;
             process.arg("--datastore").arg(format!("{datastore}={}", path.display()));
+        }
+        if let Some((inviting, token)) = invitation {
+            // Not as an argument: everybody on the machine can read those.
+            process.arg(inviting).env("VMOVE_TOKEN", token);
         }
         process.env_remove("VMOVE_AGENT").env_remove("VMOVE_STATE").stdin(Stdio::null()).kill_on_drop(true);
         let output = process.output().await.map_err(DemoError::io(format!("running vmove {command}")))?;
