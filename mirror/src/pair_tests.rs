@@ -222,7 +222,10 @@ impl World {
                     self.source_runs = false;
                     self.to_source(E::Paused);
                 }
-                A::DrainDisks => self.to_source(E::Disk { index: 0, state: DiskState::Drained }),
+                A::DrainDisks => {
+                    self.to_source(E::QueuesEmpty);
+                    self.to_source(E::Disk { index: 0, state: DiskState::Drained });
+                }
                 A::SaveState => self.to_source(E::StateSaved(vec![1, 2, 3])),
                 A::Prove => self.to_source(E::Proved(Proof { audit: Some([1; 32]), ..Proof::default() })),
                 A::DropMirrors | A::StopLogging => {}

@@ -123,6 +123,8 @@ pub enum Event {
     Dirty(PageSet),
     /// The vCPUs stand still.
     Paused,
+    /// No request of the guest is in flight on any device.
+    QueuesEmpty,
     /// The devices' and vCPUs' state, encoded.
     StateSaved(Vec<u8>),
     /// This side's proof.
@@ -156,7 +158,7 @@ pub enum Action {
     CollectDirty,
     /// Stop the vCPUs.
     Pause,
-    /// Run queues and mirrors empty.
+    /// Run queues and mirrors empty; answer [`Event::QueuesEmpty`] and, for each copied disk, its `Drained`.
     DrainDisks,
     /// Save devices, then vCPUs.
     SaveState,
@@ -237,6 +239,7 @@ pub struct Source {
     logging: bool,
     /// A pause was ordered, and perhaps not yet reported.
     paused: bool,
+    queues_empty: bool,
     end: Option<(String, bool)>,
     marks: Marks,
     stats: RamStats,
@@ -272,6 +275,7 @@ impl Source {
             mirroring: false,
             logging: false,
             paused: false,
+            queues_empty: false,
             end: None,
             marks: Marks::default(),
             stats: RamStats::default(),
@@ -368,9 +372,10 @@ impl Source {
             (Phase::Pausing, Event::Paused) => {
                 self.phase = Phase::Draining;
                 out.push(Action::DrainDisks);
-                if self.disks.is_empty() {
-                    self.drained(now, &mut out);
-                }
+            }
+            (Phase::Draining, Event::QueuesEmpty) => {
+                self.queues_empty = true;
+                self.drained(now, &mut out);
             }
             (Phase::Saving, Event::StateSaved(state)) => {
                 self.marks.saved = now;
@@ -402,6 +407,7 @@ impl Source {
                 | Event::BatchSent { .. }
                 | Event::Dirty(_)
                 | Event::Paused
+                | Event::QueuesEmpty
                 | Event::StateSaved(_)
                 | Event::Proved(_),
             ) => {}
@@ -432,7 +438,7 @@ impl Source {
             self.abort(format!("disk {name} cannot be copied to the target"), false, out);
         } else if self.phase == Phase::Mirror && all(DiskState::Synced, &self.disks) {
             self.synced(now, out);
-        } else if self.phase == Phase::Draining && all(DiskState::Drained, &self.disks) {
+        } else if self.phase == Phase::Draining {
             self.drained(now, out);
         }
     }
@@ -532,7 +538,11 @@ impl Source {
         }
     }
 
+    /// Goes on once nothing of the guest is in flight and every mirror has ended.
     fn drained(&mut self, now: Micros, out: &mut Vec<Action>) {
+        if !self.queues_empty || self.disks.iter().any(|disk| *disk != DiskState::Drained) {
+            return;
+        }
         self.marks.drained = now;
         if self.plan.ram_pages.is_some() {
             self.phase = Phase::Saving;

@@ -476,6 +476,7 @@ impl Driver {
                 let _ = events.send(Event::Failed(error.to_string()));
                 return;
             }
+            let _ = events.send(Event::QueuesEmpty);
             mirrors.iter().for_each(BlocksOut::drain);
         });
         self.attempt("start a thread", spawned.map(|_| ()));
