@@ -48,7 +48,7 @@ impl Process {
         let kernel = dir.join("kernel");
         std::fs::write(&kernel, vmove_guest_image::GUEST_ELF).unwrap();
         let image = dir.join("vda.qcow2");
-        if start == Start::Boot {
+        if start == Start::Boot && !vm.disks.is_empty() {
             vmove_storage::create(&image, &ImageSpec::new(ImageFormat::Qcow2, 256 * MIB)).unwrap();
         }
         let spec = LaunchSpec {
@@ -57,7 +57,15 @@ impl Process {
             initrd: None,
             host: name.into(),
             generation,
-            disks: vec![DiskPlacement { name: "vda".into(), datastore: "d".into(), path: image }],
+            disks: vm
+                .disks
+                .iter()
+                .map(|disk| DiskPlacement {
+                    name: disk.name.clone(),
+                    datastore: "d".into(),
+                    path: image.clone(),
+                })
+                .collect(),
             identity: None,
             start,
         };
@@ -188,7 +196,13 @@ fn move_to(root: &Path, name: &str, source: Process, vm: &VmDefinition) -> (Proc
     let generation = source.status().generation + 1;
     let target = Process::start(root, name, vm, generation, incoming(name, &source));
     let listening = until("the target to listen", || target.status().listening);
-    assert_eq!(source.ask(&order(name, Some(listening), target.dir.join("vda.qcow2"))), Reply::Ok);
+    let Request::Move(mut order) = order(name, Some(listening), target.dir.join("vda.qcow2")) else {
+        panic!()
+    };
+    if vm.disks.is_empty() {
+        order.copies.clear();
+    }
+    assert_eq!(source.ask(&Request::Move(order)), Reply::Ok);
     let ended = source.finished_move(name);
     assert_eq!(ended.error, None);
     let report = ended.report.unwrap();
@@ -235,6 +249,24 @@ fn a_running_guest_moves_host_and_datastore_again_and_again() {
         process.check_all();
         stop(process);
     }
+}
+
+#[test]
+fn a_guest_without_disks_moves() {
+    if !kvm_usable("moves") {
+        return;
+    }
+    let root = tempfile::tempdir().unwrap();
+    let vm = VmDefinition {
+        disks: vec![],
+        ..definition(1, 64, "vmove.fill_mib=8 vmove.ram_mib=4 vmove.ram_rate=500")
+    };
+    let source = Process::start(root.path(), "s", &vm, 1, Start::Boot);
+    source.line("hb", 0);
+    let (target, report) = move_to(root.path(), "t", source, &vm);
+    assert!(report.disks.is_empty());
+    target.line("hb", 0);
+    stop(target);
 }
 
 #[test]
