@@ -28,7 +28,7 @@ const RESIZE: i64 = 3;
 pub enum LockMode {
     /// Reads, together with other readers; nobody writes.
     Read,
-    /// Reads and writes; nobody else reads or writes.
+    /// Reads and writes; nobody else writes, or reads without saying that it does not mind (`qemu-img -U`).
     Write,
 }
 
@@ -43,7 +43,8 @@ impl LockMode {
     fn withheld(self) -> &'static [i64] {
         match self {
             Self::Read => &[WRITE, RESIZE],
-            Self::Write => &[CONSISTENT_READ, WRITE, WRITE_UNCHANGED, RESIZE],
+            // Not CONSISTENT_READ, like a guest of QEMU: a reader that asks for no lock (`qemu-img -U`) may look.
+            Self::Write => &[WRITE, WRITE_UNCHANGED, RESIZE],
         }
     }
 }
@@ -78,11 +79,7 @@ impl ImageLock {
         }
         for &bit in mode.withheld() {
             if held_by_others(&file, USED_BASE + bit).map_err(io_error)? {
-                return Err(locked(if bit == CONSISTENT_READ {
-                    "another process is reading it"
-                } else {
-                    "another process is writing to it"
-                }));
+                return Err(locked("another process is writing to it"));
             }
         }
         Ok(Self { file, mode })

@@ -18,6 +18,7 @@ fn qemu_img_refuses_an_image_in_use() {
             let error = String::from_utf8_lossy(&output.stderr).into_owned();
             assert!(error.contains("lock"), "{error}");
         }
+        qemu_img_ok(&["info", "-U", text(&path)]);
         let second = BlockDevice::open(&ring, &path, OpenOptions::default()).await;
         assert!(matches!(second, Err(BlockError::Locked { .. })));
         device.close().await.unwrap();
