@@ -97,7 +97,13 @@ impl Agent {
         let settlement = settle(&standing, answer);
         tracing::info!(vm = name, ?settlement, "VM without a process");
         match settlement {
-            Settlement::Startable => Ok(Settled::Done),
+            Settlement::Startable => {
+                let look = vm.clone();
+                if blocking(move || never_ran(&look, &standing)).await? {
+                    self.boot(name).await?;
+                }
+                Ok(Settled::Done)
+            }
             Settlement::AbortThenStartable => {
                 self.abort_source(name, &vm, &standing).await?;
                 Ok(Settled::Done)
@@ -350,6 +356,22 @@ fn retire(name: &str, vm: &VmDir) -> Result<(), ApiError> {
         }
     }
     Ok(())
+}
+
+/// Whether a VM came here by a committed move and its process died before the guest went on: only then are its images still stamped
+/// as arriving. The source has let it go, so it is booted from its disks, as after `Prepared`.
+fn never_ran(vm: &VmDir, standing: &Standing) -> Result<bool, ApiError> {
+    let Standing::Owner { generation, disks } = standing else { return Ok(false) };
+    if !vm.launch().is_some_and(|launch| matches!(launch.start, Start::Incoming(_))) {
+        return Ok(false);
+    }
+    for disk in placements(disks) {
+        let arriving = |stamp: Stamp| stamp.generation == *generation && stamp.state == OwnerState::Incoming;
+        if Stamp::read(&disk.path)?.is_some_and(arriving) {
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }
 
 /// Appends a record with nobody else at the journal.
