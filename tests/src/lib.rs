@@ -1,1 +1,28 @@
-//! Placeholder header, replaced as the crate is written.
+//! Whole-system tests of vmove: real agents, real VM processes, real KVM, driven as a user drives them.
+//!
+//! | module | what lives there |
+//! |---|---|
+//! | [`cluster`] | hosts on this machine: `init`, `join`, agents, and the end of all they started |
+//! | [`guest`] | VMs of the fixture guest: made, moved, and where they run |
+//! | [`console`] | what the guest says, parsed, waited for |
+//! | [`stops`] | holding a move between two of its steps |
+//! | [`runners`] | the watch for two runners of one VM |
+//! | [`processes`] | processes of a test, by their command lines |
+//! | [`peer`] | TLS connections of friends and strangers to an agent |
+//! | [`images`] | what `qemu-img` and the file system say of images |
+//! | [`wait`], [`kvm`] | waiting for events; what this machine lacks |
+//!
+//! Never enters: short cuts into the product. What a test changes or asks goes through the command line, the sockets or the files
+//! a user has too.
+#![forbid(unsafe_code)]
+
+pub mod cluster;
+pub mod console;
+pub mod guest;
+pub mod images;
+pub mod kvm;
+pub mod peer;
+pub mod processes;
+pub mod runners;
+pub mod stops;
+pub mod wait;
