@@ -28,10 +28,10 @@ impl PageSet {
     /// From a bitmap (bit `i % 64` of word `i / 64` = page `i`); bits past the end are dropped, missing words are empty.
     pub fn from_words(mut words: Vec<u64>, pages: u64) -> Self {
         words.resize(pages.div_ceil(64) as usize, 0);
-        if pages % 64 != 0 {
-            if let Some(last) = words.last_mut() {
-                *last &= (1 << (pages % 64)) - 1;
-            }
+        if !pages.is_multiple_of(64)
+            && let Some(last) = words.last_mut()
+        {
+            *last &= (1 << (pages % 64)) - 1;
         }
         let len = words.iter().map(|w| u64::from(w.count_ones())).sum();
         Self { words, pages, len }

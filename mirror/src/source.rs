@@ -366,7 +366,7 @@ impl Source {
                 self.send(&mut out);
             }
             (Phase::PreCopy | Phase::FinalPages, Event::Target(TargetMsg::RoundAck { round, damaged })) => {
-                self.round_acked(now, round, &damaged, &mut out)
+                self.round_acked(now, round, &damaged, &mut out);
             }
             (Phase::PreCopy, Event::Dirty(dirty)) => self.dirty(now, dirty, &mut out),
             (Phase::Pausing, Event::Paused) => {

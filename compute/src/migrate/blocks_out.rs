@@ -457,12 +457,7 @@ impl WriteTap for Entrance {
         })
     }
 
-    fn zero<'a>(
-        &'a self,
-        offset: u64,
-        len: u64,
-        kind: ZeroKind,
-    ) -> LocalBoxFuture<'a, Result<(), BlockError>> {
+    fn zero(&self, offset: u64, len: u64, kind: ZeroKind) -> LocalBoxFuture<'_, Result<(), BlockError>> {
         Box::pin(async move {
             match kind {
                 ZeroKind::Zero { may_unmap } => {

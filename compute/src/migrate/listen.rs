@@ -199,7 +199,7 @@ mod tests {
             let right = call(&listening, "b", Role::Control, None);
             (refused, unexpected, right.is_ok())
         });
-        let links = listener.accept(&[Role::Control], Duration::from_secs(60)).unwrap();
+        let links = listener.accept(&[Role::Control], Duration::from_mins(1)).unwrap();
         assert!(links.contains_key(&Role::Control));
         let (refused, unexpected, right) = caller.join().unwrap();
         assert!(refused.contains("ticket") && unexpected.contains("role") && right, "{refused} {unexpected}");

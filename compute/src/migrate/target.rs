@@ -43,7 +43,7 @@ use crate::{
 };
 
 /// How long the source may take to connect after it was told where.
-const CONNECT: Duration = Duration::from_secs(60);
+const CONNECT: Duration = Duration::from_mins(1);
 
 /// An arrival to be carried through.
 pub struct TargetMove {

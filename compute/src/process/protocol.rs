@@ -188,6 +188,8 @@ pub enum Request {
 /// The answer to a [`Request`].
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
+// One exists at a time, on its way to a socket.
+#[allow(clippy::large_enum_variant)]
 pub enum Reply {
     /// Done or begun.
     Ok,
