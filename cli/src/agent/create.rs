@@ -76,6 +76,7 @@ impl Agent {
     }
 
     fn build(&self, vm: &VmDir, mut request: CreateVm) -> Result<(), ApiError> {
+        vm.sockets_fit().map_err(ApiError::invalid)?;
         let specs = self.resolve(&mut request)?;
         check_definition(&request.definition)?;
         let definition = &request.definition;

@@ -149,6 +149,7 @@ impl Agent {
             taken,
         };
         let (places, mut blockers) = plan::receive(offer, &there);
+        blockers.extend(self.registry.vm(&offer.definition.name)?.sockets_fit().err());
         let mut disks = Vec::new();
         for (disk, place) in offer.disks.iter().zip(places) {
             let Some(datastore) = place else { continue };

@@ -21,6 +21,7 @@ use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
 
 use super::AgentError;
+use super::vmdir::MAX_SOCKET_PATH;
 use crate::identity::tls::{HostTls, host_of};
 
 /// Time for a TLS handshake.
@@ -29,8 +30,6 @@ const HANDSHAKE_DEADLINE: Duration = Duration::from_secs(5);
 const MAX_HANDSHAKES: usize = 64;
 /// Time that a caller without a certificate gets in all.
 const NOBODY_DEADLINE: Duration = Duration::from_secs(20);
-/// Longest path of a unix socket (unix(7): `sun_path` has 108 bytes with the NUL).
-const MAX_SOCKET_PATH: usize = 107;
 
 /// Who is at the other end of a connection.
 #[derive(Debug, Clone, PartialEq, Eq)]

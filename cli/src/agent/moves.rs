@@ -499,9 +499,8 @@ pub(super) fn occupied(places: &[DiskPlacement], vm: &str, generation: u64) -> R
 }
 
 fn has_ended(progress: &MoveProgress) -> bool {
-    progress.report.is_some()
-        || progress.error.is_some()
-        || matches!(progress.phase.as_str(), "completed" | "aborted")
+    // A phase alone is not the end: an aborted move still has mirrors to take down, and its target to tell.
+    progress.report.is_some() || progress.error.is_some()
 }
 
 /// Whether the move left this host for good, by the journal. A directory that is gone was released: committed.

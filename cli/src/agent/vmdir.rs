@@ -6,7 +6,7 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use vmove_compute::process::protocol::{
-    DiskPlacement, JOURNAL_FILE, LAUNCH_FILE, LaunchSpec, MoveProgress, VmDefinition,
+    CONSOLE_SOCKET, DiskPlacement, JOURNAL_FILE, LAUNCH_FILE, LaunchSpec, MoveProgress, VmDefinition,
 };
 use vmove_mirror::journal::{DiskAt, Journal, Record};
 use vmove_storage::{BlockError, JournalFile};
@@ -14,6 +14,8 @@ use vmove_storage::{BlockError, JournalFile};
 use super::error::ApiError;
 use crate::identity::files::write_private;
 
+/// Longest path of a unix socket (unix(7): `sun_path` has 108 bytes with the NUL).
+pub const MAX_SOCKET_PATH: usize = 107;
 /// Most bytes of a saved report or of an error text that are read.
 const MAX_TEXT: u64 = 4 << 20;
 
@@ -37,6 +39,20 @@ impl VmDir {
     /// Whether there is such a VM.
     pub fn exists(&self) -> bool {
         self.path.join("vm.toml").exists()
+    }
+
+    /// Whether the sockets of a VM process fit here; else the reason why not, in words.
+    pub fn sockets_fit(&self) -> Result<(), String> {
+        let longest = self.path.join(CONSOLE_SOCKET).as_os_str().len();
+        if longest <= MAX_SOCKET_PATH {
+            return Ok(());
+        }
+        Err(format!(
+            "the path of the VM's sockets in {} would have {longest} bytes, unix sockets allow {MAX_SOCKET_PATH}; \
+             give the VM a name, or the agent a --state directory, that is {} bytes shorter",
+            self.path.display(),
+            longest - MAX_SOCKET_PATH
+        ))
     }
 
     /// The kernel.
@@ -192,6 +208,15 @@ pub fn disks_at(placements: &[DiskPlacement]) -> Result<Vec<DiskAt>, ApiError> {
 mod tests {
     use super::*;
     use vmove_mirror::journal::{MoveId, Standing};
+
+    #[test]
+    fn a_path_too_long_for_a_socket_is_known_beforehand() {
+        let room = MAX_SOCKET_PATH - "/console.sock".len();
+        let fits = VmDir::new(PathBuf::from("x".repeat(room)));
+        assert_eq!(fits.sockets_fit(), Ok(()));
+        let long = VmDir::new(PathBuf::from("x".repeat(room + 3)));
+        assert!(long.sockets_fit().unwrap_err().contains("3 bytes shorter"));
+    }
 
     #[test]
     fn the_journal_admits_and_refuses() {
