@@ -95,6 +95,16 @@ impl Process {
         serde_json::from_str(&reply).unwrap()
     }
 
+    /// Asks a process that may be ending.
+    fn ask_if_there(&self, request: &Request) -> Option<Reply> {
+        let mut socket = UnixStream::connect(self.dir.join(CONTROL_SOCKET)).ok()?;
+        socket.write_all(&serde_json::to_vec(request).ok()?).ok()?;
+        socket.write_all(b"\n").ok()?;
+        let mut reply = String::new();
+        BufReader::new(socket).read_line(&mut reply).ok()?;
+        serde_json::from_str(&reply).ok()
+    }
+
     fn status(&self) -> ProcessStatus {
         let Reply::Status(status) = self.ask(&Request::Status) else { panic!("no status") };
         status
@@ -326,4 +336,54 @@ fn a_cancelled_move_leaves_the_source_running_and_can_be_tried_again() {
     let (target, _) = move_to(root.path(), "t2", source, &vm);
     target.check_all();
     stop(target);
+}
+
+/// Cancels at many moments of a quick move: whichever way each ends, exactly one of the two has the VM.
+#[test]
+fn a_cancel_at_any_moment_leaves_exactly_one_owner() {
+    if !kvm_usable("moves") {
+        return;
+    }
+    let root = tempfile::tempdir().unwrap();
+    let vm = definition(1, 64, WORDS);
+    let mut process = Process::start(root.path(), "p0", &vm, 1, Start::Boot);
+    process.line("hb", 0);
+    let (mut cancelled, mut completed) = (0, 0);
+    for n in 1..=24 {
+        let name = format!("p{n}");
+        let target = Process::start(
+            root.path(),
+            &name,
+            &vm,
+            process.status().generation + 1,
+            incoming(&name, &process),
+        );
+        let listening = until("the target to listen", || target.status().listening);
+        assert_eq!(process.ask(&order(&name, Some(listening), target.dir.join("vda.qcow2"))), Reply::Ok);
+        // Spread over the whole of a move, which takes half a second or so with the audit; nothing depends on where it hits.
+        thread::sleep(Duration::from_millis(n * 61 % 900));
+        let _ = process.ask_if_there(&Request::Cancel);
+        let ended = process.finished_move(&name);
+        let outcome = ended.report.unwrap().outcome;
+        match outcome.as_str() {
+            "completed" => {
+                completed += 1;
+                process.ended.join().unwrap().unwrap();
+                until("the target to run", || (target.status().state == RunState::Running).then_some(()));
+                process = target;
+            }
+            "cancelled" => {
+                cancelled += 1;
+                target.ended.join().unwrap().unwrap();
+                assert!(!target.dir.join("vda.qcow2").exists());
+                until("the end of the move", || process.status().moving.is_none().then_some(()));
+                let seen = process.console.lock().unwrap().rfind('\n').map_or(0, |end| end + 1);
+                process.line("hb", seen);
+            }
+            other => panic!("{other}: {:?}", ended.error),
+        }
+    }
+    println!("{cancelled} cancelled, {completed} completed");
+    process.check_all();
+    stop(process);
 }

@@ -5,9 +5,11 @@
 use std::{
     collections::HashMap,
     fs::File,
-    io::Read,
+    io::{Read, Write},
     net::{IpAddr, SocketAddr, TcpListener, TcpStream},
-    sync::Arc,
+    os::{fd::AsFd, unix::net::UnixStream},
+    sync::{Arc, Mutex, PoisonError, mpsc},
+    thread,
     time::{Duration, Instant},
 };
 
@@ -22,6 +24,8 @@ use crate::process::protocol::{IdentityPaths, Listening};
 
 /// How long one side waits for the other in the handshake of one connection.
 const HANDSHAKE: Duration = Duration::from_secs(10);
+/// Callers greeted at once; more are turned away.
+const MAX_GREETINGS: usize = 128;
 
 /// The one-time secret of a move's connections.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -66,6 +70,14 @@ pub struct Listener {
     tls: Option<Arc<rustls::ServerConfig>>,
 }
 
+/// What the threads that greet callers share.
+struct Door {
+    ticket: Ticket,
+    tls: Option<Arc<rustls::ServerConfig>>,
+    /// Roles that nobody has taken yet.
+    open: Mutex<Vec<Role>>,
+}
+
 impl Listener {
     /// Listens on a free port of `ip`; without an identity the connections are plain.
     pub fn bind(ip: IpAddr, identity: Option<&IdentityPaths>) -> Result<(Self, Listening), MoveError> {
@@ -79,39 +91,70 @@ impl Listener {
         Ok((Self { socket, ticket, tls }, listening))
     }
 
-    /// Accepts one connection for each role. Strangers are turned away and do not end it; `deadline` does.
+    /// Accepts one connection for each role. Strangers are turned away, and silent ones hold up nobody; `deadline` ends it.
     pub fn accept(&self, roles: &[Role], deadline: Duration) -> Result<HashMap<Role, Link>, MoveError> {
         let end = Instant::now() + deadline;
+        let door =
+            Arc::new(Door { ticket: self.ticket, tls: self.tls.clone(), open: Mutex::new(roles.to_vec()) });
+        let (greeted, arrived) = mpsc::channel();
+        let (waker, woken) = UnixStream::pair().map_err(MoveError::io("make a pair of sockets"))?;
+        let waker = Arc::new(waker);
         let mut links = HashMap::new();
-        while links.len() < roles.len() {
+        loop {
+            links.extend(arrived.try_iter());
+            if links.len() == roles.len() {
+                return Ok(links);
+            }
             let left = end.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 let timeout = std::io::ErrorKind::TimedOut.into();
                 return Err(MoveError::io("wait for the source to connect")(timeout));
             }
             match self.socket.accept() {
+                // Each greeting holds a copy of the waker.
+                Ok((_, from)) if Arc::strong_count(&waker) > MAX_GREETINGS => {
+                    tracing::warn!(%from, "too many callers at once: turned away");
+                }
                 Ok((stream, from)) => {
-                    let open = |role: &Role| roles.contains(role) && !links.contains_key(role);
-                    match self.greet(stream, open) {
-                        Ok((role, link)) => drop(links.insert(role, link)),
+                    let (door, greeted, waker) = (Arc::clone(&door), greeted.clone(), Arc::clone(&waker));
+                    let greeting = move || match door.greet(stream) {
+                        Ok(link) => {
+                            // An error means that nobody waits any more.
+                            let _ = greeted.send(link);
+                            let _ = (&*waker).write_all(&[0]);
+                        }
                         Err(error) => tracing::warn!(%from, %error, "a connection was turned away"),
-                    }
+                    };
+                    let spawned = thread::Builder::new().name("greeting".into()).spawn(greeting);
+                    spawned.map_err(MoveError::io("start a thread"))?;
                 }
                 Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => {
-                    use std::os::fd::AsFd;
-                    let mut fds = [PollFd::new(self.socket.as_fd(), PollFlags::POLLIN)];
+                    let fds = [self.socket.as_fd(), woken.as_fd()];
+                    let mut fds = fds.map(|fd| PollFd::new(fd, PollFlags::POLLIN));
                     let wait =
                         PollTimeout::try_from(left.min(Duration::from_secs(1))).unwrap_or(PollTimeout::ZERO);
                     // Interrupted or timed out: the loop looks again.
                     let _ = poll(&mut fds, wait);
+                    if fds[1].any().unwrap_or(false) {
+                        // One byte is there, for one link to be taken in.
+                        let _ = (&woken).read(&mut [0]);
+                    }
                 }
                 Err(e) => return Err(MoveError::io("accept the source's connection")(e)),
             }
         }
-        Ok(links)
+    }
+}
+
+impl Door {
+    /// Takes a role, if it is still open.
+    fn take(&self, role: Role) -> bool {
+        let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
+        let found = open.iter().position(|one| *one == role);
+        found.map(|at| open.swap_remove(at)).is_some()
     }
 
-    fn greet(&self, stream: TcpStream, open: impl Fn(&Role) -> bool) -> Result<(Role, Link), MoveError> {
+    fn greet(&self, stream: TcpStream) -> Result<(Role, Link), MoveError> {
         let io = |e| MoveError::io("handshake")(e);
         stream.set_nonblocking(false).map_err(io)?;
         let timer = stream.try_clone().map_err(io)?;
@@ -133,7 +176,8 @@ impl Listener {
                 Ok(_) if !self.ticket.is(&hello.ticket) => {
                     (HelloAnswer::BadTicket, Err(WireError::Refused("wrong ticket")))
                 }
-                Ok(_) if !open(&hello.role) => {
+                // Whoever takes a role has the ticket: if it hangs up now, the move is over.
+                Ok(_) if !self.take(hello.role) => {
                     (HelloAnswer::BadRole, Err(WireError::Refused("role not expected")))
                 }
                 Ok(version) => (HelloAnswer::Accepted(version), Ok(hello.role)),
@@ -181,8 +225,6 @@ pub fn call(
 
 #[cfg(test)]
 mod tests {
-    use std::{io::Write, thread};
-
     use super::*;
 
     const ANY: IpAddr = IpAddr::V4(std::net::Ipv4Addr::LOCALHOST);

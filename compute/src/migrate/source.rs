@@ -3,6 +3,7 @@
 //! Lives here: which worker carries out which action. Never enters: decisions.
 
 use std::{
+    collections::VecDeque,
     sync::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicBool, Ordering},
@@ -114,6 +115,9 @@ struct Driver {
     control_lost: Arc<AtomicBool>,
     meter: Meter,
     digest: [u8; 32],
+    draining: Option<thread::JoinHandle<()>>,
+    /// Events that were taken out of the mailbox ahead of their turn.
+    held: VecDeque<Event>,
 }
 
 /// [`SourceMove`] without its receiving end.
@@ -165,6 +169,8 @@ impl SourceMove {
             control_lost: Arc::new(AtomicBool::new(false)),
             meter: Meter::default(),
             digest: [0; 32],
+            draining: None,
+            held: VecDeque::new(),
         };
         let plan = match driver.plan() {
             Ok(plan) => plan,
@@ -222,7 +228,8 @@ impl Driver {
                     }
                 }
             }
-            let event = match inbox.recv_timeout(GLANCE) {
+            let next = self.held.pop_front().map_or_else(|| inbox.recv_timeout(GLANCE), Ok);
+            let event = match next {
                 Ok(event) => Some(self.reason(event, inbox)),
                 Err(RecvTimeoutError::Timeout) => self.overdue(&engine),
                 // The driver itself holds a sender.
@@ -241,15 +248,21 @@ impl Driver {
 
     /// A target that refuses says why on the control connection and closes all: its data connections may be seen to end first.
     /// Then its last word is waited for a moment, for a message that explains itself.
-    fn reason(&self, event: Event, inbox: &Receiver<Event>) -> Event {
-        if !matches!(event, Event::LinkLost(_)) || self.control_lost.load(Ordering::SeqCst) {
+    fn reason(&mut self, event: Event, inbox: &Receiver<Event>) -> Event {
+        if !matches!(event, Event::LinkLost(_))
+            || !self.held.is_empty()
+            || self.control_lost.load(Ordering::SeqCst)
+        {
             return event;
         }
         let end = Instant::now() + LAST_WORD;
         while let Ok(next) = inbox.recv_timeout(end.saturating_duration_since(Instant::now())) {
             if matches!(next, Event::Target(TargetMsg::Refused { .. })) {
+                self.held.push_back(event);
                 return next;
             }
+            // Whatever else comes is not lost, only later.
+            self.held.push_back(next);
             if self.control_lost.load(Ordering::SeqCst) {
                 break;
             }
@@ -348,6 +361,10 @@ impl Driver {
                 }
             }
             Action::Resume => {
+                // The mirrors are gone, so nothing holds the drain up; left behind, it would pause what resumes here.
+                if self.draining.take().is_some_and(|thread| thread.join().is_err()) {
+                    tracing::error!("the thread that drains the queues has panicked");
+                }
                 // A guest that has ended meanwhile is the process's concern.
                 if let Err(error) = machine.resume() {
                     tracing::error!(%error, "the guest cannot go on");
@@ -468,7 +485,7 @@ impl Driver {
     }
 
     /// On a thread of its own: a target that stops answering must not keep the engine from giving up.
-    fn drain(&self) {
+    fn drain(&mut self) {
         let (machine, mirrors) = (Arc::clone(&self.task.machine), Arc::clone(&self.mirrors));
         let events = self.task.events.clone();
         let spawned = thread::Builder::new().name("drain".into()).spawn(move || {
@@ -479,7 +496,10 @@ impl Driver {
             let _ = events.send(Event::QueuesEmpty);
             mirrors.iter().for_each(BlocksOut::drain);
         });
-        self.attempt("start a thread", spawned.map(|_| ()));
+        match spawned {
+            Ok(thread) => self.draining = Some(thread),
+            Err(error) => self.post(Event::Failed(format!("start a thread: {error}"))),
+        }
     }
 
     fn prove(&self) -> Result<Proof, MoveError> {
