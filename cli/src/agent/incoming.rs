@@ -26,6 +26,10 @@ use crate::api::types::{DiskPlacement, FileDigest, Listening, Offer, OfferAccept
 
 /// An accepted offer that is not started within this time is forgotten.
 const PATIENCE: Duration = Duration::from_mins(5);
+/// How long what a VM left here may take to go when the VM comes back.
+const REMAINS_DEADLINE: Duration = Duration::from_secs(5);
+/// How often that is looked at.
+const REMAINS_INTERVAL: Duration = Duration::from_millis(10);
 /// How long an awaiting process may take to end when its move is off.
 const CANCEL_DEADLINE: Duration = Duration::from_secs(5);
 
@@ -91,6 +95,7 @@ impl Agent {
         if self.arrivals().accepted.contains_key(&offer.move_id) {
             return Err(ApiError::conflict(format!("move {} was offered twice", offer.move_id)));
         }
+        self.wait_for_remains(&name, &vm).await?;
         let reservation = self.registry.reserve(&name, "arriving from another host");
         let taken = match (&reservation, self.view(&name).await?) {
             (_, Some(view)) => Some(vms::word(view.state)),
@@ -131,6 +136,27 @@ impl Agent {
             }
         });
         Ok(OfferAccepted { disks, blockers: Vec::new() })
+    }
+
+    /// A VM that has just left may come back at once: what is left of it here is given a moment to go.
+    async fn wait_for_remains(&self, name: &str, vm: &VmDir) -> Result<(), ApiError> {
+        let end = tokio::time::Instant::now() + REMAINS_DEADLINE;
+        while tokio::time::Instant::now() < end {
+            let going = match self.view(name).await? {
+                Some(view) => view.status.is_some_and(|status| status.state == RunState::Leaving),
+                None => vm.path().exists() && !self.is_arriving(name),
+            };
+            if !going {
+                break;
+            }
+            tokio::time::sleep(REMAINS_INTERVAL).await;
+        }
+        Ok(())
+    }
+
+    /// Whether an accepted offer of a VM waits to be started.
+    fn is_arriving(&self, name: &str) -> bool {
+        self.arrivals().accepted.values().any(|arrival| arrival.offer.definition.name == name)
     }
 
     /// Where the disks would go, and everything that stands in the way.
