@@ -124,7 +124,8 @@ fn headline(progress: &MoveProgress) -> String {
 }
 
 fn bar(name: &str) -> ProgressBar {
-    let bar = ProgressBar::new(1);
+    // Hidden until it is among the others: a bar that draws for itself leaves its line behind.
+    let bar = ProgressBar::with_draw_target(Some(1), ProgressDrawTarget::hidden());
     bar.set_style(style("  {prefix} [{bar:32}] {percent:>3} % of {msg}").progress_chars("=> "));
     bar.set_prefix(name.to_owned());
     bar
