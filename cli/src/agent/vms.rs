@@ -185,7 +185,7 @@ impl Agent {
     }
 
     fn boot_spec(&self, vm: &VmDir) -> Result<LaunchSpec, ApiError> {
-        let definition = vm.definition()?;
+        let mut definition = vm.definition()?;
         let Standing::Owner { generation, disks } = vm.journal()?.standing().clone() else {
             return Err(ApiError::undecided(format!(
                 "VM {:?} is not this host's to start: its last move is not settled",
@@ -196,6 +196,10 @@ impl Agent {
         let blockers = self.boot_blockers(&definition)?;
         if !blockers.is_empty() {
             return Err(ApiError::blocked(format!("cannot start VM {:?}", definition.name), blockers));
+        }
+        if definition.cpu_features.is_empty() {
+            definition.cpu_features = self.given_features()?;
+            vm.save_definition(&definition)?;
         }
         images::own(&disks, &definition.name, generation)?;
         let initrd = vm.initrd();
@@ -209,6 +213,17 @@ impl Agent {
             identity: self.tls.is_some().then(|| self.identity.paths()),
             start: Start::Boot,
         })
+    }
+
+    /// What a guest that starts here for the first time may build on, and every later host must offer: what KVM gives it, as far as
+    /// this host says of itself that it offers it.
+    fn given_features(&self) -> Result<Vec<String>, ApiError> {
+        let Ok(given) = vmove_compute::kvm::host_features() else {
+            // Without KVM no guest starts; the VM process says why.
+            return Ok(Vec::new());
+        };
+        let offered = hostinfo::cpu_features(&self.config.cpu_mask)?;
+        Ok(given.into_iter().filter(|feature| offered.contains(feature)).collect())
     }
 
     fn boot_blockers(&self, definition: &VmDefinition) -> Result<Vec<String>, ApiError> {
