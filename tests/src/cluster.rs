@@ -2,6 +2,7 @@
 //!
 //! Lives here: their start, kill and restart, and an end that leaves no process and no file. Never enters: VMs.
 
+use std::fmt::Write as _;
 use std::fs::{self, File};
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
@@ -145,7 +146,7 @@ impl Cluster {
             command.arg("init");
         } else {
             let invitation =
-                self.run(self.command().args(["token", "--json", "--state"]).arg(&self.hosts[0].state));
+                Self::run(self.command().args(["token", "--json", "--state"]).arg(&self.hosts[0].state));
             let invitation: serde_json::Value = invitation.json();
             command
                 .args(["join", &self.hosts[0].address])
@@ -155,7 +156,7 @@ impl Cluster {
         for store in DATASTORES {
             command.arg("--datastore").arg(format!("{store}={}", host.datastore(store).display()));
         }
-        self.run(&mut command).ok();
+        Self::run(&mut command).ok();
         self.start_agent(index);
     }
 
@@ -175,7 +176,7 @@ impl Cluster {
 
     /// Runs a command of the program against the agent of a host.
     pub fn vmove(&self, host: &str, words: &[&str]) -> Answer {
-        self.run(self.command().arg("--agent").arg(self.host(host).state.join("agent.sock")).args(words))
+        Self::run(self.command().arg("--agent").arg(self.host(host).state.join("agent.sock")).args(words))
     }
 
     /// The program, without what the environment of the tests may say.
@@ -185,7 +186,7 @@ impl Cluster {
         command
     }
 
-    fn run(&self, command: &mut Command) -> Answer {
+    fn run(command: &mut Command) -> Answer {
         let output = command.output().unwrap();
         Answer {
             code: output.status.code().unwrap_or(-1),
@@ -269,7 +270,8 @@ impl Cluster {
                 let lines = fs::read_to_string(&log).unwrap_or_default();
                 let lines: Vec<&str> = lines.lines().collect();
                 let tail = lines[lines.len().saturating_sub(LOG_LINES)..].join("\n");
-                text += &format!("--- {}\n{tail}\n", log.display());
+                // Writing to a String cannot fail.
+                let _ = writeln!(text, "--- {}\n{tail}", log.display());
             }
         }
         text

@@ -6,13 +6,14 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use rustls::pki_types::ServerName;
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
 use rustls::{ClientConfig, ClientConnection, StreamOwned};
 use vmove::identity::files::IdentityFiles;
-use vmove::identity::tls::HostTls;
+use vmove::identity::tls::{self, HostTls};
 
 /// Ends a test that hangs.
-const LIMIT: Duration = Duration::from_secs(60);
+const LIMIT: Duration = Duration::from_mins(1);
 
 /// An HTTP answer.
 #[derive(Debug)]
@@ -30,7 +31,7 @@ pub fn as_host(state: &Path) -> Arc<ClientConfig> {
 
 /// Sends one request to the agent at `address`, which must be host `name`.
 pub fn request(
-    tls: Arc<ClientConfig>,
+    config: Arc<ClientConfig>,
     address: &str,
     name: &str,
     head: &str,
@@ -40,7 +41,7 @@ pub fn request(
     socket.set_read_timeout(Some(LIMIT))?;
     socket.set_write_timeout(Some(LIMIT))?;
     let server = ServerName::try_from(name.to_owned()).map_err(io::Error::other)?;
-    let session = ClientConnection::new(tls, server).map_err(io::Error::other)?;
+    let session = ClientConnection::new(config, server).map_err(io::Error::other)?;
     let mut stream = StreamOwned::new(session, socket);
     let head = format!(
         "{head} HTTP/1.1\r\nhost: {name}\r\nconnection: close\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n",
@@ -61,4 +62,18 @@ pub fn request(
     let status = status.ok_or_else(|| io::Error::other(format!("no HTTP answer: {text:?}")))?;
     let body = text.split_once("\r\n\r\n").map_or("", |(_, body)| body).to_owned();
     Ok(HttpAnswer { status, body })
+}
+
+/// Calls as the host with the state directory `own`, but believes in the cluster of `believed`.
+pub fn with_foreign_certificate(own: &Path, believed: &Path) -> Arc<ClientConfig> {
+    let (own, believed) = (IdentityFiles::of(own).paths(), IdentityFiles::of(believed).paths());
+    let chain = CertificateDer::pem_file_iter(own.cert).unwrap().collect::<Result<Vec<_>, _>>().unwrap();
+    let ca = CertificateDer::from_pem_file(believed.ca).unwrap();
+    HostTls::new(ca, chain, PrivateKeyDer::from_pem_file(own.key).unwrap()).unwrap().client
+}
+
+/// Calls without a certificate of its own; believes in the cluster of `believed`.
+pub fn as_nobody(believed: &Path) -> Arc<ClientConfig> {
+    let ca = std::fs::read_to_string(IdentityFiles::of(believed).paths().ca).unwrap();
+    Arc::new(tls::joining_client(&tls::fingerprint_of_pem(&ca).unwrap()).unwrap())
 }

@@ -4,7 +4,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 /// How long anything may take. Only ends tests that hang, so it is far longer than anything takes on a busy machine.
-pub const LIMIT: Duration = Duration::from_secs(120);
+pub const LIMIT: Duration = Duration::from_mins(2);
 /// How often is looked.
 const INTERVAL: Duration = Duration::from_millis(10);
 
