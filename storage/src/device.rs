@@ -234,8 +234,10 @@ impl BlockDevice {
         Ok((status, run))
     }
 
-    /// Flushes and closes. Without it, tables still in memory are lost as in a crash (flushed data is not), and
-    /// the next one to open the image for writing has to walk its tables first.
+    /// Flushes and takes the mark of an image in use away. Without it, tables still in memory are lost as in a crash
+    /// (flushed data is not), and the next one to open the image for writing has to walk its tables first.
+    ///
+    /// Call it with no write under way. Files and locks are released when the device is dropped.
     pub async fn close(&self) -> Result<()> {
         self.flush().await?;
         let mut marked = self.marked.lock().await;

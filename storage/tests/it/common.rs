@@ -7,6 +7,19 @@ use std::rc::Rc;
 
 use vmove_storage::{BlockDevice, OpenOptions, Ring};
 
+/// Small deterministic generator (xorshift64*), so that a failing seed can be run again.
+pub struct Random(pub u64);
+
+impl Random {
+    /// The next number, less than `limit`.
+    pub fn below(&mut self, limit: u64) -> u64 {
+        self.0 ^= self.0 >> 12;
+        self.0 ^= self.0 << 25;
+        self.0 ^= self.0 >> 27;
+        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) % limit
+    }
+}
+
 /// Runs `qemu-img`; whatever it says.
 pub fn qemu_img(arguments: &[&str]) -> Output {
     Command::new("qemu-img").args(arguments).output().expect("qemu-img (package qemu-utils) is installed")

@@ -14,18 +14,6 @@ use vmove_storage::{
 
 const MIB: u64 = 1 << 20;
 
-/// Small deterministic generator (xorshift64*), so that a failing seed can be run again.
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, limit: u64) -> u64 {
-        self.0 ^= self.0 >> 12;
-        self.0 ^= self.0 << 25;
-        self.0 ^= self.0 >> 27;
-        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) % limit
-    }
-}
-
 /// `workers` tasks at once, each on a stripe of its own of every 192 KiB, so that the outcome is determined while
 /// clusters and tables are shared; then a flush, and everything read back.
 async fn storm(device: &BlockDevice, model: &RefCell<Vec<u8>>, seed: u64, steps: u64) {
@@ -153,6 +141,7 @@ fn random_requests_on_an_overlay_leave_the_base_alone() {
         let device = open(&ring, &base).await;
         storm(&device, &model, 30, 60).await;
         device.close().await.unwrap();
+        drop(device); // With it goes the writer's lock on the base.
         let base_contents = std::fs::read(&base).unwrap();
         let device = BlockDevice::open(&ring, &top, options).await.unwrap();
         assert_eq!(device.layer_status(0, size).await.unwrap(), (LayerStatus::Unallocated, size));
