@@ -11,7 +11,7 @@ use crate::{
     pages::{PageRange, PageSet},
     source::{self, Source, SourcePlan},
     target::{self, Target, TargetPlan},
-    wire::control::{DiskSetup, Proof, TargetMsg},
+    wire::control::{DiskSetup, Proof, SourceMsg, TargetMsg},
 };
 
 const PAGES: u64 = 10_000;
@@ -171,7 +171,12 @@ impl World {
                         self.for_source(E::JournalFailed("disk full".into()));
                         continue;
                     }
-                    self.source_journal.append(&record).unwrap();
+                    if let Err(refused) = self.source_journal.append(&record) {
+                        // Only the abort of a move that never was on disk.
+                        assert!(matches!(record, Record::Aborted { .. }), "{refused}");
+                        self.for_source(E::JournalFailed(refused.to_string()));
+                        continue;
+                    }
                     if matches!(record, Record::Committed { .. }) {
                         let SourceSide::Moving(source) = &self.source else { unreachable!() };
                         assert_eq!(source.phase(), source::Phase::Committing);
@@ -273,8 +278,10 @@ impl World {
                 A::Journal(record) => {
                     if self.fault == Fault::TargetJournal(self.events) {
                         E::JournalFailed("disk full".into())
+                    } else if let Err(refused) = self.target_journal.append(&record) {
+                        assert!(matches!(record, Record::Aborted { .. }), "{refused}");
+                        E::JournalFailed(refused.to_string())
                     } else {
-                        self.target_journal.append(&record).unwrap();
                         E::Journaled
                     }
                 }
@@ -347,6 +354,90 @@ fn a_difference_found_by_the_audit_keeps_the_source() {
 fn without_faults_every_event_index_is_reached() {
     // The fault tests below draw indexes up to this many events: they must cover the whole move.
     assert!(run(Fault::None, vec![4000, 4500], vec![]).events < 60);
+}
+
+/// Steps a source to the acknowledgement of its first round.
+fn source_in_precopy() -> Source {
+    let (mut source, _) = Source::start(SourcePlan {
+        move_id: MoveId::new("m").unwrap(),
+        to_host: Some("b".into()),
+        generation: 2,
+        ram_pages: Some(PAGES),
+        disks: vec![],
+        disks_after: vec![],
+        max_downtime: 50_000,
+        audit: false,
+    });
+    source.step(1, source::Event::Journaled);
+    source.step(2, source::Event::Connected);
+    source.step(3, source::Event::Target(TargetMsg::Ready));
+    let end = source.step(4, source::Event::LoggingStarted { resident: PageSet::empty(PAGES) });
+    assert_eq!(end, [source::Action::EndRound(1)]);
+    source
+}
+
+fn ack(damaged: Vec<PageRange>) -> source::Event {
+    source::Event::Target(TargetMsg::RoundAck { round: 1, damaged })
+}
+
+#[test]
+fn a_second_answer_to_one_round_ends_the_move() {
+    let mut source = source_in_precopy();
+    assert_eq!(source.step(5, ack(vec![])), [source::Action::CollectDirty]);
+    source.step(6, ack(vec![]));
+    assert_eq!(source.phase(), source::Phase::Aborting);
+}
+
+#[test]
+fn damaged_pages_that_do_not_exist_end_the_move() {
+    for range in [PageRange { first: PAGES, count: 1 }, PageRange { first: u64::MAX, count: 2 }] {
+        let mut source = source_in_precopy();
+        source.step(5, ack(vec![range]));
+        assert_eq!(source.phase(), source::Phase::Aborting);
+    }
+    let mut source = source_in_precopy();
+    source.step(5, ack(vec![PageRange { first: 0, count: PAGES }; 2]));
+    assert_eq!(source.phase(), source::Phase::Aborting);
+}
+
+#[test]
+fn a_cancel_before_the_first_record_is_read_leaves_no_move_standing() {
+    let (mut source, _) = Source::start(source_in_precopy().plan().clone());
+    let actions = source.step(1, source::Event::Cancel);
+    assert!(matches!(actions[..], [source::Action::Journal(Record::Aborted { .. })]));
+}
+
+#[test]
+fn a_target_hears_the_commit_after_a_data_connection_was_lost() {
+    let (mut target, _) = Target::start(TargetPlan {
+        move_id: MoveId::new("m").unwrap(),
+        from_host: "a".into(),
+        generation: 2,
+        ram_pages: PAGES,
+        disks: vec![],
+        images: vec![],
+    });
+    use target::Event as E;
+    let setup = SourceMsg::Setup { ram_pages: PAGES, disks: vec![], audit: false };
+    let proved = E::Proved { proof: Proof::default(), allocated: vec![], load_us: 0 };
+    for event in [
+        E::Journaled,
+        E::Source(setup),
+        E::ImagesReady,
+        E::Source(SourceMsg::State(vec![])),
+        E::Source(SourceMsg::Prepare(Proof::default())),
+        E::Loaded,
+        proved,
+        E::Journaled,
+        E::LinkLost("a page stream".into()),
+    ] {
+        target.step(event);
+    }
+    assert_eq!(target.phase(), target::Phase::Undecided);
+    target.step(E::Source(SourceMsg::Commit));
+    target.step(E::Journaled);
+    let told = target.step(E::Resumed { resume_us: 1 });
+    assert!(told.contains(&target::Action::Tell(TargetMsg::Running { resume_us: 1 })));
 }
 
 proptest! {

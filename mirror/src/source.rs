@@ -227,13 +227,13 @@ pub struct Source {
     round_began: Micros,
     round_bytes: u64,
     repairs: u32,
+    /// The end of the round is on its way, its acknowledgement is due.
+    awaiting_ack: bool,
     disks: Vec<DiskState>,
     state: Vec<u8>,
     proof: Option<Proof>,
     allocated: Vec<u64>,
     load_us: u64,
-    /// The `Moving` record is on disk.
-    begun: bool,
     connected: bool,
     mirroring: bool,
     logging: bool,
@@ -265,12 +265,12 @@ impl Source {
             round_began: 0,
             round_bytes: 0,
             repairs: 0,
+            awaiting_ack: false,
             disks: vec![DiskState::Bulk; plan.disks.len()],
             state: Vec::new(),
             proof: None,
             allocated: Vec::new(),
             load_us: 0,
-            begun: false,
             connected: false,
             mirroring: false,
             logging: false,
@@ -331,10 +331,7 @@ impl Source {
                 self.abort(format!("the target refused: {reason}"), false, &mut out);
             }
             (_, Event::Disk { index, state }) => self.disk(index, state, now, &mut out),
-            (Phase::Setup, Event::Journaled) => {
-                self.begun = true;
-                out.push(Action::Connect);
-            }
+            (Phase::Setup, Event::Journaled) => out.push(Action::Connect),
             (Phase::Setup, Event::Connected) => {
                 self.connected = true;
                 out.push(Action::Tell(SourceMsg::Setup {
@@ -467,11 +464,7 @@ impl Source {
         self.round_bytes = 0;
         self.stats.round_pages = self.to_send.len();
         self.stats.round_done = 0;
-        if self.to_send.is_empty() {
-            out.push(Action::EndRound(self.precopy.round()));
-        } else {
-            self.send(out);
-        }
+        self.send(out);
     }
 
     fn send(&mut self, out: &mut Vec<Action>) {
@@ -483,16 +476,24 @@ impl Source {
             out.push(Action::SendPages(ranges));
         }
         if self.batches == 0 && self.to_send.is_empty() {
+            self.awaiting_ack = true;
             out.push(Action::EndRound(self.precopy.round()));
         }
     }
 
     fn round_acked(&mut self, now: Micros, round: u32, damaged: &[PageRange], out: &mut Vec<Action>) {
-        if round != self.precopy.round() || self.batches > 0 || !self.to_send.is_empty() {
+        // A second answer to one round would collect, and so forget, what turned dirty meanwhile.
+        if round != self.precopy.round() || !std::mem::take(&mut self.awaiting_ack) {
             return self.abort(format!("the target acknowledged round {round} out of turn"), false, out);
         }
         if round == 1 {
             self.stats.first_round = (self.round_bytes, now.saturating_sub(self.round_began));
+        }
+        let pages = self.to_send.pages();
+        let inside = |r: &PageRange| r.first.checked_add(r.count).is_some_and(|end| end <= pages);
+        let total = damaged.iter().fold(0u64, |sum, range| sum.saturating_add(range.count));
+        if total > pages || !damaged.iter().all(inside) {
+            return self.abort("the target names damaged pages that do not exist".into(), false, out);
         }
         for range in damaged {
             self.damaged.insert(*range);
@@ -520,7 +521,7 @@ impl Source {
         self.damaged = PageSet::empty(dirty.pages());
         let elapsed = now.saturating_sub(self.round_began);
         let decision = self.precopy.after_round(self.round_bytes, elapsed, dirty.len());
-        self.to_send = dirty;
+        self.to_send.merge(&dirty);
         let in_sync = self.disks.iter().all(|d| *d == DiskState::Synced);
         match decision {
             Decision::Switch if in_sync => self.pause(now, out),
@@ -587,11 +588,8 @@ impl Source {
         }
         self.end = Some((reason, cancelled));
         self.phase = Phase::Aborting;
-        if self.begun {
-            out.push(Action::Journal(Record::Aborted { move_id: self.plan.move_id.clone() }));
-        } else {
-            self.aborted(out);
-        }
+        // Refused where `Moving` is not on disk; that ends it as well.
+        out.push(Action::Journal(Record::Aborted { move_id: self.plan.move_id.clone() }));
     }
 
     fn aborted(&mut self, out: &mut Vec<Action>) {

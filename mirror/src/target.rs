@@ -125,8 +125,6 @@ pub enum Action {
 pub struct Target {
     plan: TargetPlan,
     phase: Phase,
-    /// The `Incoming` record is on disk.
-    begun: bool,
     images_ready: bool,
     setup: bool,
     audit: bool,
@@ -149,7 +147,6 @@ impl Target {
         let this = Self {
             plan,
             phase: Phase::Arriving,
-            begun: false,
             images_ready: false,
             setup: false,
             audit: false,
@@ -195,9 +192,12 @@ impl Target {
             }
             (Phase::Owning | Phase::Running, _) => {}
 
-            (Phase::Prepared, Event::Source(SourceMsg::Commit))
-            | (Phase::Prepared | Phase::Undecided, Event::Resolved(Verdict::Committed)) => self.own(&mut out),
-            (Phase::Prepared, Event::Source(SourceMsg::Abort { reason })) => {
+            // The control connection may well bring the source's word after a data connection was lost.
+            (
+                Phase::Prepared | Phase::Undecided,
+                Event::Source(SourceMsg::Commit) | Event::Resolved(Verdict::Committed),
+            ) => self.own(&mut out),
+            (Phase::Prepared | Phase::Undecided, Event::Source(SourceMsg::Abort { reason })) => {
                 self.discard(format!("the source gave up: {reason}"), &mut out);
             }
             (Phase::Undecided, Event::Resolved(Verdict::Aborted)) => {
@@ -205,7 +205,6 @@ impl Target {
             }
             // A failed send proves nothing: only the source's word ends this.
             (Phase::Prepared, Event::LinkLost(_) | Event::Failed(_)) => {
-                self.connected = false;
                 self.phase = Phase::Undecided;
                 out.push(Action::AskVerdict);
             }
@@ -225,10 +224,7 @@ impl Target {
             (_, Event::Source(SourceMsg::Abort { reason })) => {
                 self.discard(format!("the source gave up: {reason}"), &mut out);
             }
-            (Phase::Arriving, Event::Journaled) => {
-                self.begun = true;
-                out.push(Action::MakeImages);
-            }
+            (Phase::Arriving, Event::Journaled) => out.push(Action::MakeImages),
             (Phase::Arriving, Event::ImagesReady) => {
                 self.images_ready = true;
                 self.begin(&mut out);
@@ -325,11 +321,8 @@ impl Target {
     fn discard(&mut self, reason: String, out: &mut Vec<Action>) {
         self.refused = Some(reason);
         self.phase = Phase::Discarding;
-        if self.begun {
-            out.push(Action::Journal(Record::Aborted { move_id: self.plan.move_id.clone() }));
-        } else {
-            self.discarded(out);
-        }
+        // Refused where `Incoming` is not on disk; that ends it as well.
+        out.push(Action::Journal(Record::Aborted { move_id: self.plan.move_id.clone() }));
     }
 
     fn discarded(&mut self, out: &mut Vec<Action>) {
