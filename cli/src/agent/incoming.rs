@@ -96,7 +96,7 @@ impl Agent {
             return Err(ApiError::conflict(format!("move {} was offered twice", offer.move_id)));
         }
         self.wait_for_remains(&name, &vm).await?;
-        let reservation = self.registry.reserve(&name, "arriving from another host");
+        let reservation = self.reserve_soon(&name, "arriving from another host").await;
         let taken = match (&reservation, self.view(&name).await?) {
             (_, Some(view)) => Some(vms::word(view.state)),
             (Err(_), None) => Some(self.registry.busy(&name).unwrap_or("busy")),

@@ -19,7 +19,7 @@ use vmove_storage::{OwnerState, Stamp};
 use super::control::{self, ControlError};
 use super::error::{ApiError, blocking};
 use super::plan::{self, Here};
-use super::registry::Reservation;
+use super::registry::{MOVING, Reservation};
 use super::vmdir::{VmDir, read_progress};
 use super::vms::{VmView, word};
 use super::{Agent, images, peers};
@@ -46,7 +46,7 @@ impl Agent {
                 "busy" => ApiError::busy(format!("cannot move: {e}")),
                 _ => e,
             };
-            Some(self.registry.reserve(name, "on the move").map_err(busy)?)
+            Some(self.reserve_soon(name, MOVING).await.map_err(busy)?)
         };
         let view = self.must_view(name).await?;
         let vm = self.registry.vm(name)?;
@@ -328,7 +328,7 @@ impl Agent {
 
     /// A move that an earlier agent began.
     pub(super) fn follow_adopted_move(self: &Arc<Self>, name: &str, move_id: String) {
-        let Ok(reservation) = self.registry.reserve(name, "on the move") else { return };
+        let Ok(reservation) = self.registry.reserve(name, MOVING) else { return };
         let (agent, name) = (self.clone(), name.to_owned());
         tokio::spawn(async move {
             let Ok(vm) = agent.registry.vm(&name) else { return };

@@ -10,6 +10,11 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use super::error::ApiError;
 use super::vmdir::VmDir;
 
+/// What the agent itself does with a VM after its process has ended; completes "the VM is ...".
+pub const SETTLING: &str = "being settled after its process ended";
+/// What a VM is while a move of it is led from here.
+pub const MOVING: &str = "on the move";
+
 /// The VMs of this host.
 #[derive(Debug)]
 pub struct Registry {

@@ -17,7 +17,7 @@ use vmove_storage::{OwnerState, Stamp};
 use super::control::{self, ControlError};
 use super::error::{ApiError, blocking};
 use super::vmdir::{AppendError, VmDir, placements, read_progress};
-use super::{Agent, create, images, peers, process};
+use super::{Agent, create, images, peers, process, registry};
 use crate::api::types::{
     DiskPlacement, MoveRequest, Verdict, VerdictAnswer, VmDefinition, VmDetail, VmState,
 };
@@ -69,7 +69,7 @@ impl Agent {
     }
 
     async fn settle_once(self: &Arc<Self>, name: &str) -> Result<Settled, ApiError> {
-        let Ok(_reservation) = self.registry.reserve(name, "being settled after its process ended") else {
+        let Ok(_reservation) = self.registry.reserve(name, registry::SETTLING) else {
             return Ok(Settled::Busy);
         };
         let vm = self.registry.vm(name)?;

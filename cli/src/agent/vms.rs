@@ -10,12 +10,17 @@ use vmove_mirror::journal::Standing;
 
 use super::control::{self, ControlError};
 use super::error::{ApiError, blocking};
+use super::registry::{self, Reservation};
 use super::vmdir::{VmDir, placements};
 use super::{Agent, hostinfo, images, process};
 use crate::api::types::{DiskPlacement, VmDefinition, VmDetail, VmState, VmSummary};
 
 /// How long a VM process may take to flush its disks and end.
 const STOP_DEADLINE: Duration = Duration::from_secs(30);
+/// How long the work after the end of a process or a move is waited for.
+const AFTERMATH: Duration = Duration::from_secs(10);
+/// How often is looked whether it has ended.
+const AFTERMATH_INTERVAL: Duration = Duration::from_millis(20);
 
 /// One VM as it is now.
 #[derive(Debug, Clone)]
@@ -45,6 +50,14 @@ impl Agent {
         if !vm.exists() {
             return Ok(None);
         }
+        match self.look_at(name, &vm).await {
+            // Its directory was removed while it was looked at.
+            Err(_) if !vm.exists() => Ok(None),
+            seen => seen,
+        }
+    }
+
+    async fn look_at(&self, name: &str, vm: &VmDir) -> Result<Option<VmView>, ApiError> {
         match control::status(vm.path()).await {
             Ok(status) => Ok(Some(view_of_process(&vm, status)?)),
             Err(ControlError::Gone(_)) => {
@@ -52,7 +65,7 @@ impl Agent {
                 let pid = blocking(move || Ok(process::find(&dir))).await?;
                 match pid {
                     Some(pid) => Ok(Some(view_of_starting(&vm, pid)?)),
-                    None => self.view_of_journal(name, &vm),
+                    None => self.view_of_journal(name, vm),
                 }
             }
             Err(error) => {
@@ -158,9 +171,36 @@ impl Agent {
         Ok(vms)
     }
 
+    /// Reserves a VM. What this agent does with it for a moment after a process or a move has ended is waited out: who has just
+    /// stopped or moved it knows nothing of that.
+    pub(super) async fn reserve_soon(
+        self: &Arc<Self>,
+        name: &str,
+        doing: &'static str,
+    ) -> Result<Reservation, ApiError> {
+        let dir = self.registry.vm(name)?.path().to_path_buf();
+        let end = tokio::time::Instant::now() + AFTERMATH;
+        loop {
+            let refusal = match self.registry.reserve(name, doing) {
+                Ok(reservation) => return Ok(reservation),
+                Err(refusal) => refusal,
+            };
+            let passing = match self.registry.busy(name) {
+                None | Some(registry::SETTLING) => true,
+                Some(registry::MOVING) => {
+                    !control::status(&dir).await.is_ok_and(|status| status.moving.is_some())
+                }
+                Some(_) => false,
+            };
+            if !passing || tokio::time::Instant::now() >= end || !self.pause(AFTERMATH_INTERVAL).await {
+                return Err(refusal);
+            }
+        }
+    }
+
     /// Boots a stopped VM.
     pub async fn start(self: &Arc<Self>, name: &str) -> Result<VmSummary, ApiError> {
-        let reservation = self.registry.reserve(name, "being started")?;
+        let reservation = self.reserve_soon(name, "being started").await?;
         let view = self.must_view(name).await?;
         match view.state {
             VmState::Stopped | VmState::Failed => {}
@@ -285,7 +325,7 @@ impl Agent {
 
     /// Removes a VM that does not run, with its disks.
     pub async fn remove(self: &Arc<Self>, name: &str) -> Result<(), ApiError> {
-        let reservation = self.registry.reserve(name, "being removed")?;
+        let reservation = self.reserve_soon(name, "being removed").await?;
         let view = self.must_view(name).await?;
         match view.state {
             VmState::Stopped | VmState::Failed => {}
