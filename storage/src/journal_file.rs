@@ -60,6 +60,13 @@ impl JournalFile {
         if end < bytes.len() {
             file.set_len(end as u64).map_err(|e| BlockError::io("cut journal", path, e))?;
         }
+        // Each append was synced before the next, so only the last record can be in doubt: a sync that failed may have left it in
+        // the page cache, marked clean. Written again it is on disk after the sync below, or that fails too.
+        if let Some(last) = records.last() {
+            let framed = frame(last);
+            file.write_all_at(&framed, (end - framed.len()) as u64)
+                .map_err(|e| BlockError::io("rewrite the last record of journal", path, e))?;
+        }
         // Also when nothing was cut: what was read must not vanish later, and neither must a new file's name.
         file.sync_all().map_err(|e| BlockError::io("sync journal", path, e))?;
         durable::sync_parent(path)?;

@@ -89,7 +89,7 @@ impl BlocksIn {
                 match device {
                     Ok(device) => {
                         if opened.send(Ok(())).is_ok() {
-                            serve(&context, device, &outbox, &acks, &spend).await;
+                            serve(&context, device, &outbox, &acks, spend).await;
                         }
                     }
                     Err(error) => drop(opened.send(Err(error))),
@@ -223,20 +223,22 @@ async fn serve(
     device: Rc<BlockDevice>,
     outbox: &Outbox<Command>,
     acks: &Sender<BlockAck>,
-    spend: &Receiver<()>,
+    spend: Receiver<()>,
 ) {
+    let spend = Rc::new(spend);
     let in_flight = Rc::new(InFlight::default());
     while let Some(command) = outbox.next(context.ring()).await {
         match command {
             Command::Apply(op, data) => {
-                let _ = spend.try_recv();
                 if op.op == BlockOp::Flush {
                     in_flight.idle().await;
                     let done = report(op, device.flush().await);
                     let _ = acks.send(BlockAck { seq: op.seq, done });
+                    let _ = spend.try_recv();
                     continue;
                 }
                 let (device, acks, counter) = (Rc::clone(&device), acks.clone(), Rc::clone(&in_flight));
+                let spend = Rc::clone(&spend);
                 counter.count.set(counter.count.get() + 1);
                 context.ring().spawn(async move {
                     let result = match (op.op, &data) {
@@ -246,6 +248,8 @@ async fn serve(
                     };
                     let _ = acks.send(BlockAck { seq: op.seq, done: report(op, result) });
                     counter.end_one();
+                    // Only now: a source that does not wait for answers must not fill this host's memory.
+                    let _ = spend.try_recv();
                 });
             }
             Command::Finish { audit, reply } => {

@@ -4,7 +4,7 @@
 
 use std::{
     cell::{Cell, RefCell},
-    collections::HashMap,
+    collections::{BTreeMap, HashMap},
     ops::Range,
     rc::Rc,
     sync::{
@@ -12,6 +12,7 @@ use std::{
         mpsc::{self, Receiver, Sender},
     },
     thread,
+    time::{Duration, Instant},
 };
 
 use futures_util::future::LocalBoxFuture;
@@ -93,7 +94,11 @@ pub struct BlocksOut {
     closer: LinkCloser,
     tally: Arc<Mutex<BlocksTally>>,
     stats: Arc<Mutex<Stats>>,
+    waiting: Waiting,
 }
+
+/// Guest operations that wait for both images, and since when.
+type Waiting = Arc<Mutex<BTreeMap<u64, Instant>>>;
 
 impl BlocksOut {
     /// Puts a mirror on `disk` (number `index` of the plan) and starts copying to the target behind `link`.
@@ -124,6 +129,8 @@ impl BlocksOut {
             .spawn(move || read_acks(receiver, &acks))
             .map_err(MoveError::io("start a thread"))?;
         let shared = Arc::clone(&stats);
+        let waiting = Waiting::default();
+        let pending = Arc::clone(&waiting);
         let size = disk.size();
         disk.run(Box::new(move |context| {
             Box::pin(async move {
@@ -138,12 +145,13 @@ impl BlocksOut {
                     wire,
                     events,
                     stats: shared,
+                    waiting: pending,
                 });
                 tap.serve(&context, &outbox).await;
             })
         }))
         .map_err(|e| MoveError::Machine(e.to_string()))?;
-        Ok(Self { name: disk.name().to_owned(), commands, closer, tally, stats })
+        Ok(Self { name: disk.name().to_owned(), commands, closer, tally, stats, waiting })
     }
 
     /// No guest write will come any more: bring the target to the end and flush it.
@@ -159,6 +167,12 @@ impl BlocksOut {
     /// Counters so far.
     pub fn stats(&self) -> Stats {
         *self.stats.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// How long the oldest guest operation has been waiting.
+    pub fn stalled(&self) -> Option<Duration> {
+        let waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
+        waiting.first_key_value().map(|(_, since)| since.elapsed())
     }
 
     /// BLAKE3 of the whole disk, read now.
@@ -237,6 +251,7 @@ struct Tap {
     wire: Sender<Item>,
     events: Sender<source::Event>,
     stats: Arc<Mutex<Stats>>,
+    waiting: Waiting,
 }
 
 impl Tap {
@@ -363,6 +378,7 @@ impl Tap {
         let data = data.map(Arc::new);
         let guest = Rc::new(Guest { start: Signal::default(), finished: Signal::default(), data });
         self.guests.borrow_mut().insert(id, Rc::clone(&guest));
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner).insert(id, Instant::now());
         self.step(Event::Guest { id, op, offset, len });
         guest.start.wait().await;
         let done = match (op, &guest.data) {
@@ -372,6 +388,7 @@ impl Tap {
         };
         self.step(Event::LocalDone { id, ok: done.is_ok() });
         guest.finished.wait().await;
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner).remove(&id);
         done
     }
 

@@ -36,15 +36,32 @@ pub fn make(path: &Path, shape: &ImageShape, vm: &str, generation: u64) -> Resul
     {
         remove(path);
     }
+    if path.exists() {
+        let exists = std::io::Error::from(ErrorKind::AlreadyExists);
+        return Err(MoveError::io(format!("make image {}", path.display()))(exists));
+    }
     let spec = ImageSpec {
         format: format(shape.format),
         virtual_bytes: shape.virtual_bytes,
         cluster_bytes: if shape.cluster_bytes == 0 { 64 << 10 } else { shape.cluster_bytes },
         backing: None,
     };
-    vmove_storage::create(path, &spec).map_err(disk)?;
-    let stamp = Stamp { vm: vm.to_owned(), generation, state: OwnerState::Incoming };
-    stamp.write(path).map_err(disk)
+    // The stamp first: whatever is found without one is not ours to remove.
+    stamp(path, vm, generation, OwnerState::Incoming).map_err(disk)?;
+    vmove_storage::create(path, &spec).map_err(|error| {
+        if let Err(left) = Stamp::remove(path) {
+            tracing::warn!(error = %left, "a stamp cannot be removed");
+        }
+        disk(error)
+    })
+}
+
+/// Removes what [`make`] made for an arrival that does not come. An image that anybody else stamped, or nobody, is not touched.
+pub fn discard(path: &Path, vm: &str, generation: u64) {
+    let ours = |s: Stamp| s.vm == vm && s.generation == generation && s.state == OwnerState::Incoming;
+    if Stamp::read(path).is_ok_and(|stamp| stamp.is_some_and(ours)) {
+        remove(path);
+    }
 }
 
 /// Stamps an image.

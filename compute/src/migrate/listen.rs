@@ -3,12 +3,16 @@
 //! Lives here: sockets, TLS handshakes, hellos. Never enters: what flows afterwards.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     fs::File,
-    io::{Read, Write},
-    net::{IpAddr, SocketAddr, TcpListener, TcpStream},
-    os::{fd::AsFd, unix::net::UnixStream},
-    sync::{Arc, Mutex, PoisonError, mpsc},
+    io::Read,
+    net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream},
+    os::fd::AsFd,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+        mpsc,
+    },
     thread,
     time::{Duration, Instant},
 };
@@ -24,8 +28,10 @@ use crate::process::protocol::{IdentityPaths, Listening};
 
 /// How long one side waits for the other in the handshake of one connection.
 const HANDSHAKE: Duration = Duration::from_secs(10);
-/// Callers greeted at once; more are turned away.
-const MAX_GREETINGS: usize = 128;
+/// Callers greeted at once; more wait until one of them is through or has had its time.
+const GREETINGS: usize = 128;
+/// How often an idle listener looks at its callers.
+const GLANCE: Duration = Duration::from_millis(20);
 
 /// The one-time secret of a move's connections.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -66,16 +72,15 @@ impl Ticket {
 /// The target's ear.
 pub struct Listener {
     socket: TcpListener,
-    ticket: Ticket,
-    tls: Option<Arc<rustls::ServerConfig>>,
+    door: Arc<Door>,
 }
 
-/// What the threads that greet callers share.
+/// What decides who gets in.
 struct Door {
     ticket: Ticket,
     tls: Option<Arc<rustls::ServerConfig>>,
     /// Roles that nobody has taken yet.
-    open: Mutex<Vec<Role>>,
+    open: Mutex<HashSet<Role>>,
 }
 
 impl Listener {
@@ -88,77 +93,72 @@ impl Listener {
         let ticket = Ticket::random()?;
         let tls = identity.map(tls::server).transpose()?;
         let listening = Listening { ip: ip.to_string(), port, ticket: ticket.to_hex() };
-        Ok((Self { socket, ticket, tls }, listening))
+        Ok((Self { socket, door: Arc::new(Door { ticket, tls, open: Mutex::default() }) }, listening))
     }
 
-    /// Accepts one connection for each role. Strangers are turned away, and silent ones hold up nobody; `deadline` ends it.
+    /// Accepts one connection for each role. Strangers are turned away and do not end it; `deadline` does.
+    ///
+    /// Every caller is greeted on a thread of its own, a few at a time, and not for long: silent ones hold nobody up.
     pub fn accept(&self, roles: &[Role], deadline: Duration) -> Result<HashMap<Role, Link>, MoveError> {
+        self.door.lock().extend(roles);
         let end = Instant::now() + deadline;
-        let door =
-            Arc::new(Door { ticket: self.ticket, tls: self.tls.clone(), open: Mutex::new(roles.to_vec()) });
-        let (greeted, arrived) = mpsc::channel();
-        let (waker, woken) = UnixStream::pair().map_err(MoveError::io("make a pair of sockets"))?;
-        let waker = Arc::new(waker);
         let mut links = HashMap::new();
-        loop {
-            links.extend(arrived.try_iter());
-            if links.len() == roles.len() {
-                return Ok(links);
-            }
-            let left = end.saturating_duration_since(Instant::now());
-            if left.is_zero() {
+        let mut greeting: Vec<(Instant, TcpStream, Arc<AtomicBool>)> = Vec::new();
+        let (admitted, arrivals) = mpsc::channel();
+        while links.len() < roles.len() {
+            links.extend(arrivals.try_iter());
+            greeting.retain(|(until, stream, over)| {
+                if Instant::now() >= *until {
+                    // Gone already, or gone now.
+                    let _ = stream.shutdown(Shutdown::Both);
+                }
+                !over.load(Ordering::SeqCst) && Instant::now() < *until
+            });
+            if Instant::now() >= end {
                 let timeout = std::io::ErrorKind::TimedOut.into();
                 return Err(MoveError::io("wait for the source to connect")(timeout));
             }
+            if greeting.len() >= GREETINGS {
+                thread::sleep(GLANCE);
+                continue;
+            }
             match self.socket.accept() {
-                // Each greeting holds a copy of the waker.
-                Ok((_, from)) if Arc::strong_count(&waker) > MAX_GREETINGS => {
-                    tracing::warn!(%from, "too many callers at once: turned away");
-                }
                 Ok((stream, from)) => {
-                    let (door, greeted, waker) = (Arc::clone(&door), greeted.clone(), Arc::clone(&waker));
-                    let greeting = move || match door.greet(stream) {
-                        Ok(link) => {
-                            // An error means that nobody waits any more.
-                            let _ = greeted.send(link);
-                            let _ = (&*waker).write_all(&[0]);
+                    let over = Arc::new(AtomicBool::new(false));
+                    let clone =
+                        stream.try_clone().map_err(MoveError::io("accept the source's connection"))?;
+                    greeting.push((Instant::now() + HANDSHAKE, clone, Arc::clone(&over)));
+                    let (door, admitted) = (Arc::clone(&self.door), admitted.clone());
+                    let greet = move || {
+                        match door.greet(stream) {
+                            Ok(arrival) => drop(admitted.send(arrival)),
+                            Err(error) => tracing::warn!(%from, %error, "a connection was turned away"),
                         }
-                        Err(error) => tracing::warn!(%from, %error, "a connection was turned away"),
+                        over.store(true, Ordering::SeqCst);
                     };
-                    let spawned = thread::Builder::new().name("greeting".into()).spawn(greeting);
+                    let spawned = thread::Builder::new().name("greeting".into()).spawn(greet);
                     spawned.map_err(MoveError::io("start a thread"))?;
                 }
                 Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => {
-                    let fds = [self.socket.as_fd(), woken.as_fd()];
-                    let mut fds = fds.map(|fd| PollFd::new(fd, PollFlags::POLLIN));
-                    let wait =
-                        PollTimeout::try_from(left.min(Duration::from_secs(1))).unwrap_or(PollTimeout::ZERO);
+                    let mut fds = [PollFd::new(self.socket.as_fd(), PollFlags::POLLIN)];
                     // Interrupted or timed out: the loop looks again.
-                    let _ = poll(&mut fds, wait);
-                    if fds[1].any().unwrap_or(false) {
-                        // One byte is there, for one link to be taken in.
-                        let _ = (&woken).read(&mut [0]);
-                    }
+                    let _ = poll(&mut fds, PollTimeout::try_from(GLANCE).unwrap_or(PollTimeout::ZERO));
                 }
                 Err(e) => return Err(MoveError::io("accept the source's connection")(e)),
             }
         }
+        Ok(links)
     }
 }
 
 impl Door {
-    /// Takes a role, if it is still open.
-    fn take(&self, role: Role) -> bool {
-        let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
-        let found = open.iter().position(|one| *one == role);
-        found.map(|at| open.swap_remove(at)).is_some()
+    fn lock(&self) -> MutexGuard<'_, HashSet<Role>> {
+        self.open.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn greet(&self, stream: TcpStream) -> Result<(Role, Link), MoveError> {
         let io = |e| MoveError::io("handshake")(e);
         stream.set_nonblocking(false).map_err(io)?;
-        let timer = stream.try_clone().map_err(io)?;
-        timer.set_read_timeout(Some(HANDSHAKE)).map_err(io)?;
         let link = match &self.tls {
             None => Link::plain(stream).map_err(io)?,
             Some(config) => {
@@ -176,8 +176,7 @@ impl Door {
                 Ok(_) if !self.ticket.is(&hello.ticket) => {
                     (HelloAnswer::BadTicket, Err(WireError::Refused("wrong ticket")))
                 }
-                // Whoever takes a role has the ticket: if it hangs up now, the move is over.
-                Ok(_) if !self.take(hello.role) => {
+                Ok(_) if !self.lock().remove(&hello.role) => {
                     (HelloAnswer::BadRole, Err(WireError::Refused("role not expected")))
                 }
                 Ok(version) => (HelloAnswer::Accepted(version), Ok(hello.role)),
@@ -185,7 +184,6 @@ impl Door {
             sender.send(&[&answer.encode()]).map_err(io)?;
             verdict.map_err(MoveError::wire("hello"))
         })?;
-        timer.set_read_timeout(None).map_err(io)?;
         Ok((role, link))
     }
 }
@@ -225,6 +223,8 @@ pub fn call(
 
 #[cfg(test)]
 mod tests {
+    use std::io::Write;
+
     use super::*;
 
     const ANY: IpAddr = IpAddr::V4(std::net::Ipv4Addr::LOCALHOST);
@@ -245,6 +245,19 @@ mod tests {
         assert!(links.contains_key(&Role::Control));
         let (refused, unexpected, right) = caller.join().unwrap();
         assert!(refused.contains("ticket") && unexpected.contains("role") && right, "{refused} {unexpected}");
+    }
+
+    #[test]
+    fn silent_callers_hold_nobody_up() {
+        let (listener, listening) = Listener::bind(ANY, None).unwrap();
+        let silent: Vec<_> = (0..20).map(|_| TcpStream::connect((ANY, listening.port)).unwrap()).collect();
+        let caller = thread::spawn(move || call(&listening, "b", Role::Control, None).is_ok());
+        let began = Instant::now();
+        listener.accept(&[Role::Control], Duration::from_secs(60)).unwrap();
+        // Not an assertion on speed: served one after the other, each silent caller would take a whole handshake time.
+        assert!(began.elapsed() < HANDSHAKE * 20);
+        assert!(caller.join().unwrap());
+        drop(silent);
     }
 
     #[test]

@@ -106,7 +106,7 @@ impl LocalTarget {
     pub fn discard(&mut self) {
         self.arrivals.clear();
         for (place, _) in &self.copies {
-            images::remove(&place.path);
+            images::discard(&place.path, &self.vm, self.generation);
         }
     }
 }

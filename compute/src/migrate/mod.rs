@@ -35,6 +35,9 @@ pub use report::ProgressBoard;
 pub use source::{SourceEnd, SourceMove, at as placement};
 pub use target::{TargetEnd, TargetMove};
 
+/// Control messages a peer may send in one move; a whole move takes five. A mailbox is not for a peer to fill.
+const MAX_MESSAGES: usize = 16;
+
 /// Why a part of a move failed, in words that name what was tried.
 #[derive(Debug, thiserror::Error)]
 pub enum MoveError {

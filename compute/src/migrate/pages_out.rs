@@ -29,6 +29,9 @@ use super::{
 };
 use crate::memory::{GuestRam, is_zero};
 
+/// Acknowledgements of rounds and repairs a move can have.
+const MAX_ACKS: u32 = 2 * vmove_mirror::precopy::MAX_ROUNDS;
+
 /// What was sent, and the digest of its checksums.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct PagesProof {
@@ -117,7 +120,7 @@ impl Drop for PagesOut {
 }
 
 fn read_acks(mut receiver: LinkReceiver, events: &Sender<Event>) {
-    loop {
+    for _ in 0..MAX_ACKS {
         let message = receiver.frame().and_then(|(header, head)| match header.kind {
             Kind::Control => control::decode::<TargetMsg>(&head).map_err(MoveError::wire("page stream")),
             _ => Err(MoveError::Machine("the target sent data on a page stream".into())),
@@ -133,6 +136,7 @@ fn read_acks(mut receiver: LinkReceiver, events: &Sender<Event>) {
             return;
         }
     }
+    let _ = events.send(Event::Failed("the target acknowledges more rounds than there are".into()));
 }
 
 struct Stream {

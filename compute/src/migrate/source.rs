@@ -7,7 +7,7 @@ use std::{
     sync::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicBool, Ordering},
-        mpsc::{Receiver, RecvTimeoutError, Sender},
+        mpsc::{self, Receiver, RecvTimeoutError, Sender},
     },
     thread,
     time::{Duration, Instant},
@@ -30,7 +30,7 @@ use vmove_mirror::{
 use vmove_storage::OwnerState;
 
 use super::{
-    AppendError, MoveError, ProgressBoard, VmJournal, audit,
+    AppendError, MAX_MESSAGES, MoveError, ProgressBoard, VmJournal, audit,
     blocks_out::BlocksOut,
     images,
     link::{Link, LinkCloser, LinkReceiver, LinkSender},
@@ -51,6 +51,12 @@ const GLANCE: Duration = Duration::from_millis(100);
 
 /// How long a refusal may lag behind the end of the data connections.
 const LAST_WORD: Duration = Duration::from_millis(500);
+
+/// How long a write of the guest may wait for the target before the guest goes on alone.
+const STALL: Duration = Duration::from_secs(10);
+
+/// How long the target may take to say that it runs before it is left to the agents to find out.
+const RUNNING: Duration = Duration::from_secs(30);
 
 /// A move to be made from here.
 pub struct SourceMove {
@@ -118,6 +124,8 @@ struct Driver {
     draining: Option<thread::JoinHandle<()>>,
     /// Events that were taken out of the mailbox ahead of their turn.
     held: VecDeque<Event>,
+    /// Dropped when the pause is over.
+    pause_over: Option<Sender<()>>,
 }
 
 /// [`SourceMove`] without its receiving end.
@@ -171,6 +179,7 @@ impl SourceMove {
             digest: [0; 32],
             draining: None,
             held: VecDeque::new(),
+            pause_over: None,
         };
         let plan = match driver.plan() {
             Ok(plan) => plan,
@@ -203,7 +212,7 @@ impl Driver {
                 .map(|s| DiskSetup { name: s.name.clone(), virtual_bytes: s.virtual_bytes })
                 .collect(),
             disks_after: self.disks_after().iter().map(at).collect(),
-            max_downtime: order.max_downtime_ms * 1000,
+            max_downtime: order.max_downtime_ms.saturating_mul(1000),
             audit: order.audit,
         })
     }
@@ -231,10 +240,12 @@ impl Driver {
             let next = self.held.pop_front().map_or_else(|| inbox.recv_timeout(GLANCE), Ok);
             let event = match next {
                 Ok(event) => Some(self.reason(event, inbox)),
-                Err(RecvTimeoutError::Timeout) => self.overdue(&engine),
+                Err(RecvTimeoutError::Timeout) => None,
                 // The driver itself holds a sender.
                 Err(RecvTimeoutError::Disconnected) => None,
             };
+            // Looked at on every turn: a target that keeps talking may still not be getting anywhere.
+            let event = self.overdue(&engine).or(event);
             if let Some(Event::Failed(why) | Event::LinkLost(why) | Event::JournalFailed(why)) = &event {
                 tracing::warn!(phase = ?engine.phase(), why, "the move is in trouble");
             }
@@ -263,23 +274,56 @@ impl Driver {
             }
             // Whatever else comes is not lost, only later.
             self.held.push_back(next);
-            if self.control_lost.load(Ordering::SeqCst) {
+            if Instant::now() >= end || self.control_lost.load(Ordering::SeqCst) {
                 break;
             }
         }
         event
     }
 
-    /// A paused guest is not left waiting for a peer that has stopped answering without closing its connections.
-    fn overdue(&self, engine: &Source) -> Option<Event> {
-        let limit = if self.task.order.audit {
-            600_000_000
-        } else {
-            20_000_000 + self.task.order.max_downtime_ms * 20_000
-        };
-        let paused = (Phase::Pausing..=Phase::Preparing).contains(&engine.phase());
-        let late = paused && self.now() > engine.marks().pause + limit;
-        late.then(|| Event::Failed(format!("the switchover has not ended within {} s", limit / 1_000_000)))
+    /// A guest is not left waiting, paused or in a write to its disk, for a peer that has stopped answering without closing its
+    /// connections.
+    fn overdue(&mut self, engine: &Source) -> Option<Event> {
+        if engine.phase() >= Phase::Committing {
+            return None;
+        }
+        let limit = self.pause_limit().as_micros() as Micros;
+        if engine.phase() >= Phase::Pausing && self.now() > engine.marks().pause + limit {
+            return Some(Event::Failed(format!(
+                "the switchover has not ended within {} s",
+                limit / 1_000_000
+            )));
+        }
+        let stalled = self.mirrors.iter().filter_map(BlocksOut::stalled).any(|time| time > STALL);
+        stalled.then(|| {
+            Event::Failed(format!(
+                "the target has not answered a write of the guest for {} s",
+                STALL.as_secs()
+            ))
+        })
+    }
+
+    fn pause_limit(&self) -> Duration {
+        let fixed = if self.task.order.audit { 600 } else { 20 };
+        Duration::from_secs(fixed) + Duration::from_millis(self.task.order.max_downtime_ms.saturating_mul(20))
+    }
+
+    /// Ends the control connection if the pause lasts too long. This thread may itself be held up by a peer that reads a few bytes
+    /// now and then, so another one watches.
+    fn watch_pause(&mut self) {
+        let Peer::Remote { closer, .. } = &self.peer else { return };
+        let (closer, limit) = (closer.clone(), self.pause_limit());
+        let (over, end) = mpsc::channel::<()>();
+        let spawned = thread::Builder::new().name("pause-limit".into()).spawn(move || {
+            // Disconnected: the pause is over.
+            if matches!(end.recv_timeout(limit), Err(RecvTimeoutError::Timeout)) {
+                closer.close();
+            }
+        });
+        match spawned {
+            Ok(_) => self.pause_over = Some(over),
+            Err(error) => self.post(Event::Failed(format!("start a thread: {error}"))),
+        }
     }
 
     fn stats(&self) -> Vec<Stats> {
@@ -339,6 +383,7 @@ impl Driver {
                 Err(error) => self.post(Event::Failed(format!("collect dirty pages: {error}"))),
             },
             Action::Pause => {
+                self.watch_pause();
                 machine.pause_vcpus();
                 self.post(Event::Paused);
             }
@@ -361,6 +406,7 @@ impl Driver {
                 }
             }
             Action::Resume => {
+                self.pause_over = None;
                 // The mirrors are gone, so nothing holds the drain up; left behind, it would pause what resumes here.
                 if self.draining.take().is_some_and(|thread| thread.join().is_err()) {
                     tracing::error!("the thread that drains the queues has panicked");
@@ -392,7 +438,10 @@ impl Driver {
         let appended = self.task.journal.lock().unwrap_or_else(PoisonError::into_inner).append(record);
         let commits = matches!(record, Record::Committed { .. } | Record::Owner { .. });
         match appended {
-            Ok(()) if commits => return Flow::Committed,
+            Ok(()) if commits => {
+                self.pause_over = None;
+                return Flow::Committed;
+            }
             Ok(()) => self.post(Event::Journaled),
             Err(error @ AppendError::Unknown(..)) if commits => {
                 let why = format!("whether the move is committed cannot be known: {error}");
@@ -472,13 +521,15 @@ impl Driver {
                 .machine
                 .disk(&shape.name)
                 .ok_or_else(|| MoveError::Machine(format!("the VM has no disk {}", shape.name)))?;
-            mirrors.push(BlocksOut::start(
-                disk,
-                index,
-                link,
-                Arc::clone(&self.pace),
-                self.task.events.clone(),
-            )?);
+            let started =
+                BlocksOut::start(disk, index, link, Arc::clone(&self.pace), self.task.events.clone());
+            match started {
+                Ok(mirror) => mirrors.push(mirror),
+                Err(error) => {
+                    mirrors.iter().for_each(BlocksOut::detach);
+                    return Err(error);
+                }
+            }
         }
         self.mirrors = Arc::new(mirrors);
         Ok(())
@@ -542,6 +593,7 @@ impl Driver {
     ) -> SourceEnd {
         self.task.board.update(|p| p.phase = "committed".into());
         let mut retire = false;
+        let patience = Instant::now() + RUNNING;
         loop {
             for action in std::mem::take(&mut actions) {
                 stop_points::reach(&format!("source.{}", committed_name(&action)));
@@ -581,6 +633,8 @@ impl Driver {
                 Ok(Event::LinkLost(_)) if self.control_lost.load(Ordering::SeqCst) => {
                     CommittedEvent::LinkLost
                 }
+                // It has stopped answering: the agents find out what became of it.
+                _ if Instant::now() >= patience => CommittedEvent::LinkLost,
                 _ => continue,
             };
             actions = committed.step(self.now(), event);
@@ -648,7 +702,7 @@ fn save_state(machine: &Machine) -> Result<Vec<u8>, MoveError> {
 }
 
 fn listen_to_target(mut receiver: LinkReceiver, events: &Sender<Event>, lost: &AtomicBool) {
-    loop {
+    for _ in 0..MAX_MESSAGES {
         let message = receiver.frame().and_then(|(header, head)| match header.kind {
             Kind::Control => control::decode::<TargetMsg>(&head).map_err(MoveError::wire("control link")),
             _ => Err(MoveError::Machine("the target sent data on the control link".into())),
@@ -665,6 +719,8 @@ fn listen_to_target(mut receiver: LinkReceiver, events: &Sender<Event>, lost: &A
             return;
         }
     }
+    lost.store(true, Ordering::SeqCst);
+    let _ = events.send(Event::LinkLost("the target sends more messages than a move has".into()));
 }
 
 /// Names of the stop points, in the order a move meets them.

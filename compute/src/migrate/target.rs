@@ -27,7 +27,7 @@ use vmove_mirror::{
 use vmove_storage::OwnerState;
 
 use super::{
-    MoveError, VmJournal, audit,
+    MAX_MESSAGES, MoveError, VmJournal, audit,
     blocks_in::{BlocksIn, Image},
     images,
     link::{LinkCloser, LinkReceiver, LinkSender},
@@ -383,17 +383,13 @@ impl Driver {
             }
         }
         for place in &self.task.disks {
-            let stamp = vmove_storage::Stamp::read(&place.path);
-            // Only what this arrival (or an earlier attempt of the same VM) made: never a file that was there before.
-            if matches!(stamp, Ok(Some(s)) if s.vm == self.task.vm.name && s.state == OwnerState::Incoming) {
-                images::remove(&place.path);
-            }
+            images::discard(&place.path, &self.task.vm.name, self.task.generation);
         }
     }
 }
 
 fn listen_to_source(mut receiver: LinkReceiver, events: &Sender<Event>) {
-    loop {
+    for _ in 0..MAX_MESSAGES {
         let message = receiver.frame().and_then(|(header, head)| match header.kind {
             Kind::Control => control::decode::<SourceMsg>(&head).map_err(MoveError::wire("control link")),
             _ => Err(MoveError::Machine("the source sent data on the control link".into())),
@@ -408,6 +404,7 @@ fn listen_to_source(mut receiver: LinkReceiver, events: &Sender<Event>) {
             return;
         }
     }
+    let _ = events.send(Event::Failed("the source sends more messages than a move has".into()));
 }
 
 /// Names of the stop points, in the order a move meets them.

@@ -8,6 +8,7 @@
 
 use std::{
     fs, io,
+    panic::{AssertUnwindSafe, catch_unwind},
     path::{Path, PathBuf},
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
@@ -336,33 +337,28 @@ fn live(
                 shared.lock().run = RunState::Leaving;
                 return end(shared, machine);
             }
-            Ok(Wake::MoveEnded(end_of_move)) => match end_of_move {
-                SourceEnd::Stayed => shared.lock().moving = None,
-                SourceEnd::Pivoted { disks, generation } => {
-                    let mut state = shared.lock();
-                    state.moving = None;
-                    state.disks = disks;
-                    state.generation = generation;
-                    sync_definition(&mut state);
-                }
-                SourceEnd::Moved { .. } => {
-                    let mut state = shared.lock();
-                    state.run = RunState::Leaving;
-                    state.machine = None;
+            Ok(Wake::MoveEnded(end_of_move)) => {
+                if settled(shared, end_of_move)? == Here::Gone {
                     return Ok(());
                 }
-                SourceEnd::Fenced(why) => return Err(ProcessError::Settle(why)),
-            },
+            }
             Ok(Wake::GuestEnded(reason)) => {
                 let moving = shared.lock().moving.as_ref().map(|(_, events)| events.clone());
                 if let Some(events) = moving {
-                    // The move gives up and says so; then this comes up again.
+                    // The move gives up and says so, or it was quicker.
                     let _ = events.send(source::Event::Failed("the guest has ended".into()));
-                    if let Ok(Wake::MoveEnded(SourceEnd::Moved { .. } | SourceEnd::Fenced(_))) = woken.recv()
-                    {
-                        return Ok(());
+                    loop {
+                        match woken.recv() {
+                            Ok(Wake::MoveEnded(end_of_move)) => {
+                                if settled(shared, end_of_move)? == Here::Gone {
+                                    return Ok(());
+                                }
+                                break;
+                            }
+                            Ok(_) => {}
+                            Err(_) => return end(shared, machine),
+                        }
                     }
-                    shared.lock().moving = None;
                 }
                 match reason {
                     ExitReason::Shutdown => return end(shared, machine),
@@ -382,6 +378,34 @@ fn live(
             Err(_) => return end(shared, machine),
         }
     }
+}
+
+/// Whether the VM is still this process's after a move.
+#[derive(PartialEq, Eq)]
+enum Here {
+    Stays,
+    Gone,
+}
+
+/// Takes in how a move ended.
+fn settled(shared: &Shared, end_of_move: SourceEnd) -> Result<Here, ProcessError> {
+    let mut state = shared.lock();
+    match end_of_move {
+        SourceEnd::Stayed => state.moving = None,
+        SourceEnd::Pivoted { disks, generation } => {
+            state.moving = None;
+            state.disks = disks;
+            state.generation = generation;
+            sync_definition(&mut state);
+        }
+        SourceEnd::Moved { .. } => {
+            state.run = RunState::Leaving;
+            state.machine = None;
+            return Ok(Here::Gone);
+        }
+        SourceEnd::Fenced(why) => return Err(ProcessError::Settle(why)),
+    }
+    Ok(Here::Stays)
 }
 
 /// Reports the guest's end to the main thread. Holds no machine alive that was replaced or moved away.
@@ -504,6 +528,7 @@ fn begin_move(shared: &Arc<Shared>, order: MoveOrder) -> Result<(), String> {
     if shapes.is_empty() && !moves {
         return Err("nothing is to be moved: the disks are there already".into());
     }
+    end_dangling(shared)?;
     let (sender, inbox) = mpsc::channel();
     let task = SourceMove {
         machine,
@@ -522,13 +547,24 @@ fn begin_move(shared: &Arc<Shared>, order: MoveOrder) -> Result<(), String> {
     shared.board.begin(&task.order.move_id);
     let wake = shared.wake.clone();
     let spawned = thread::Builder::new().name("move".into()).spawn(move || {
-        let ended = task.run();
+        // A defect in the move must not leave the guest paused with nobody to end the process; the journal says who owns the VM.
+        let ended = catch_unwind(AssertUnwindSafe(|| task.run()))
+            .unwrap_or_else(|_| SourceEnd::Fenced("the move's thread has panicked".into()));
         let _ = wake.send(Wake::MoveEnded(ended));
     });
     spawned.map(|_| ()).map_err(|e| {
         state.moving = None;
         format!("cannot start a thread: {e}")
     })
+}
+
+/// A move whose end could not be journalled is over all the same; nobody runs it. Its record is made up for.
+fn end_dangling(shared: &Shared) -> Result<(), String> {
+    let mut journal = shared.journal();
+    let Standing::Moving { move_id, .. } = journal.standing().clone() else { return Ok(()) };
+    journal
+        .append(&Record::Aborted { move_id })
+        .map_err(|e| format!("an earlier move cannot be ended in the journal: {e}"))
 }
 
 /// The source's word on a move. A target only asks when it cannot hear us: a move that has not committed is given up, and the
@@ -539,10 +575,15 @@ fn verdict(shared: &Shared, id: &MoveId) -> Verdict {
         journal::Verdict::Aborted => Verdict::Aborted,
         journal::Verdict::Moving => Verdict::Moving,
     };
-    if answer == Verdict::Moving
-        && let Some((_, events)) = &shared.lock().moving
-    {
-        let _ = events.send(source::Event::LinkLost("the target has asked how it ended".into()));
+    if answer == Verdict::Moving {
+        let state = shared.lock();
+        match &state.moving {
+            Some((_, events)) => {
+                let _ = events.send(source::Event::LinkLost("the target has asked how it ended".into()));
+            }
+            None if end_dangling(shared).is_ok() => return Verdict::Aborted,
+            None => {}
+        }
     }
     answer
 }
