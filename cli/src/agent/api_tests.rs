@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use hyper::Method;
+use vmove_compute::process::protocol::{IncomingSpec, LaunchSpec, Start};
 use vmove_mirror::journal::{MoveId, Record, Standing};
 use vmove_storage::{ImageFormat, ImageSpec, OwnerState, Stamp};
 
@@ -196,6 +197,9 @@ async fn a_vm_is_made_listed_started_and_removed() {
     assert_eq!(code(&client.stop("web").await.unwrap_err()), "conflict");
     let request = MoveRequest { datastore: Some("bulk".into()), ..Default::default() };
     assert_eq!(code(&client.move_vm("web", &request).await.unwrap_err()), "conflict");
+    let request = MoveRequest { max_downtime_ms: 3_600_001, ..request };
+    let error = client.move_vm("web", &request).await.unwrap_err();
+    assert!(code(&error) == "invalid" && error.to_string().contains("3600000"), "{error}");
     client.remove("web").await.unwrap();
     assert_eq!(code(&client.vm("web").await.unwrap_err()), "not_found");
     assert!(!host.image("fast", "web").parent().unwrap().exists() && !host.vm("web").path().exists());
@@ -226,8 +230,10 @@ async fn what_cannot_be_made_leaves_nothing_behind() {
     let mut request = host.definition("web");
     request.kernel = "/nonexistent".into();
     assert_eq!(code(&client.create(&request).await.unwrap_err()), "storage");
-    let request = host.definition("../web");
-    assert_eq!(code(&client.create(&request).await.unwrap_err()), "invalid");
+    for name in ["../web", "ls"] {
+        let request = host.definition(name);
+        assert_eq!(code(&client.create(&request).await.unwrap_err()), "invalid", "{name}");
+    }
     let mut request = host.definition("web");
     request.definition.disks[0].size_bytes = 513;
     assert_eq!(code(&client.create(&request).await.unwrap_err()), "invalid");
@@ -458,6 +464,18 @@ async fn what_a_crash_left_is_settled_at_the_start() {
     let committed = Record::Committed { move_id: id.clone() };
     let left = [owner("left"), moving, committed];
     host.remains("left", stamp("left", 1, OwnerState::Owned), &left);
+    // Its disk has changed datastore; the crash came before the old image was removed.
+    let old = host.image("bulk", "pivoted");
+    std::fs::create_dir_all(old.parent().unwrap()).unwrap();
+    std::fs::write(&old, b"x").unwrap();
+    stamp("pivoted", 1, OwnerState::Owned).unwrap().write(&old).unwrap();
+    let was = DiskPlacement { name: "vda".into(), datastore: "bulk".into(), path: old.clone() };
+    let pivoted = [
+        Record::Owner { generation: 1, disks: disks_at(&[was]).unwrap() },
+        Record::Moving { move_id: id.clone(), to_host: None, generation: 2 },
+        Record::Owner { generation: 2, disks: host.disks("pivoted") },
+    ];
+    host.remains("pivoted", stamp("pivoted", 2, OwnerState::Owned), &pivoted);
     let client = host.serve().await;
 
     eventually("the arrival and the half-made VM are gone", async || {
@@ -472,6 +490,8 @@ async fn what_a_crash_left_is_settled_at_the_start() {
     source.await;
     assert_eq!(client.vm("source").await.unwrap().summary.state, VmState::Stopped);
     assert!(host.image("fast", "source").exists());
+    eventually("the old image is gone", async || (!old.parent().unwrap().exists()).then_some(())).await;
+    assert!(host.image("fast", "pivoted").exists());
     // Nobody can be asked: neither runs, neither is removed, and both say so.
     for vm in ["prepared", "left"] {
         assert_eq!(client.vm(vm).await.unwrap().summary.state, VmState::Undecided);
@@ -545,6 +565,159 @@ async fn both_dead_after_the_commit_the_target_has_it() {
     assert_eq!(to_left.vm("web").await.unwrap().summary.host, "right");
     left.end().await;
     right.end().await;
+}
+
+#[tokio::test]
+async fn a_source_lets_go_when_the_vm_has_gone_on_to_a_third_host() {
+    let (mut left, _, mut right, to_right) = pair().await;
+    left.end().await;
+    let id = MoveId::new("m").unwrap();
+    let stamp = |generation| Some(Stamp { vm: "web".into(), generation, state: OwnerState::Owned });
+    let records = [
+        Record::Owner { generation: 1, disks: left.disks("web") },
+        Record::Moving { move_id: id.clone(), to_host: Some("gone".into()), generation: 2 },
+        Record::Committed { move_id: id },
+    ];
+    left.remains("web", stamp(1), &records);
+    right.remains("web", stamp(3), &[Record::Owner { generation: 3, disks: right.disks("web") }]);
+    left.serve().await;
+    eventually("the source lets go", async || {
+        (!left.vm("web").path().exists() && !left.image("fast", "web").exists()).then_some(())
+    })
+    .await;
+    assert_eq!(to_right.vm("web").await.unwrap().summary.generation, 3);
+    assert!(right.image("fast", "web").exists());
+    left.end().await;
+    right.end().await;
+}
+
+#[tokio::test]
+async fn only_the_target_of_a_move_that_is_under_way_may_ask_how_it_went() {
+    let (mut left, _, mut right, _) = pair().await;
+    let id = MoveId::new("m").unwrap();
+    for to_host in [Some("third".to_owned()), None] {
+        let name = to_host.as_deref().unwrap_or("nowhere");
+        let records = [
+            Record::Owner { generation: 1, disks: right.disks(name) },
+            Record::Moving { move_id: id.clone(), to_host: to_host.clone(), generation: 2 },
+        ];
+        let vm = right.remains(name, None, &records);
+        let verdict = |id: &str| format!("/v1/vms/{name}/moves/{id}/verdict");
+        let refused = call::<VerdictAnswer>(&left, Method::GET, &verdict("m"), None).await.unwrap_err();
+        assert_eq!(refused.code, "forbidden");
+        assert_eq!(vm.records().unwrap(), records);
+        // The word on an earlier move is nobody's secret.
+        let earlier: VerdictAnswer = call(&left, Method::GET, &verdict("l"), None).await.unwrap();
+        assert_eq!(earlier.verdict, Verdict::Aborted);
+    }
+    left.end().await;
+    right.end().await;
+}
+
+#[tokio::test]
+async fn of_two_offers_of_one_move_one_is_kept_and_the_other_leaves_nothing() {
+    let (mut left, _, mut right, _) = pair().await;
+    let first = offer("vda", false);
+    let mut second = first.clone();
+    second.definition.name = "db".into();
+    let (a, b): (Result<OfferAccepted, _>, Result<OfferAccepted, _>) = tokio::join!(
+        call(&left, Method::POST, "/v1/incoming", Some(&first)),
+        call(&left, Method::POST, "/v1/incoming", Some(&second)),
+    );
+    let (kept, refused, error) = match (a, b) {
+        (Ok(_), Err(error)) => ("web", "db", error),
+        (Err(error), Ok(_)) => ("db", "web", error),
+        both => panic!("{both:?}"),
+    };
+    assert_eq!(error.code, "conflict");
+    eventually("what was refused is gone", async || (!right.vm(refused).path().exists()).then_some(())).await;
+    assert!(right.vm(kept).path().exists());
+    // Its name is free.
+    let mut again = offer("vda", false);
+    again.definition.name = refused.into();
+    eventually("the name is free again", async || {
+        call::<OfferAccepted>(&left, Method::POST, "/v1/incoming", Some(&again)).await.ok()
+    })
+    .await;
+    left.end().await;
+    right.end().await;
+}
+
+/// Something that lives, answers nothing, and looks like the VM process of a directory; ends when its standard input is closed.
+fn deaf_process(vm: &VmDir, scratch: &Path) -> std::process::Child {
+    std::fs::write(scratch.join(super::process::SUBCOMMAND), "read line\n").unwrap();
+    std::process::Command::new("sh")
+        .args([super::process::SUBCOMMAND, "--dir"])
+        .arg(vm.path())
+        .current_dir(scratch)
+        .stdin(std::process::Stdio::piped())
+        .spawn()
+        .unwrap()
+}
+
+#[tokio::test]
+async fn a_move_taken_back_never_ends_a_vm_that_is_here() {
+    let (mut left, _, mut right, _) = pair().await;
+    let id = MoveId::new("m").unwrap();
+    let records = [
+        Record::Incoming {
+            move_id: id.clone(),
+            from_host: "left".into(),
+            generation: 2,
+            disks: right.disks("web"),
+        },
+        Record::Prepared { move_id: id },
+        Record::Owner { generation: 2, disks: right.disks("web") },
+    ];
+    let vm = right.remains("web", None, &records);
+    let launched_from = |host: &str| {
+        let spec = LaunchSpec {
+            vm: definition("web", "fast"),
+            kernel: vm.kernel(),
+            initrd: None,
+            host: "right".into(),
+            generation: 2,
+            disks: vec![],
+            identity: None,
+            start: Start::Incoming(IncomingSpec {
+                move_id: "m".into(),
+                from_host: host.into(),
+                listen_ip: "127.0.0.1".into(),
+                images: vec![],
+                plain: false,
+            }),
+        };
+        vm.save_launch(&spec).unwrap();
+    };
+    let scratch = tempfile::tempdir().unwrap();
+    let mut process = deaf_process(&vm, scratch.path());
+    eventually("the process is seen", async || super::process::find(vm.path())).await;
+    for (host, code) in [("third", "forbidden"), ("left", "undecided")] {
+        launched_from(host);
+        let refused = call::<()>(&left, Method::DELETE, "/v1/incoming/m", None).await.unwrap_err();
+        assert_eq!(refused.code, code, "{refused:?}");
+        assert!(process.try_wait().unwrap().is_none(), "it lives");
+    }
+    drop(process.stdin.take());
+    process.wait().unwrap();
+    left.end().await;
+    right.end().await;
+}
+
+#[tokio::test]
+async fn old_reports_of_moves_go() {
+    let mut host = Host::new("left");
+    host.serve().await;
+    let archive = host.agent().archive_dir().unwrap();
+    let long_ago = std::time::SystemTime::now() - Duration::from_hours(1);
+    for (age, name) in ["b.json", "c.json", "a.json", "other"].iter().enumerate() {
+        let file = std::fs::File::create(archive.join(name)).unwrap();
+        file.set_modified(long_ago - Duration::from_secs(age as u64)).unwrap();
+    }
+    host.agent().prune_reports(2).unwrap();
+    let left = |name: &str| archive.join(name).exists();
+    assert!(left("b.json") && left("c.json") && !left("a.json") && left("other"));
+    host.end().await;
 }
 
 #[test]

@@ -14,6 +14,7 @@ use super::error::{ApiError, blocking};
 use super::vmdir::{VmDir, disks_at};
 use super::{Agent, images};
 use crate::api::types::{CreateVm, DiskPlacement, VmSummary};
+use crate::commands::is_reserved;
 
 /// Largest kernel, bytes.
 pub const MAX_KERNEL: u64 = 1 << 30;
@@ -63,6 +64,11 @@ impl Agent {
     pub async fn create(self: &Arc<Self>, request: CreateVm) -> Result<VmSummary, ApiError> {
         let name = request.definition.name.clone();
         let vm = self.registry.vm(&name)?;
+        if is_reserved(&name) {
+            return Err(ApiError::invalid(format!(
+                "{name:?} is a command of vmove: `vmove {name} ...` would not reach a VM of this name; choose another"
+            )));
+        }
         let _reservation = self.registry.reserve(&name, "being created")?;
         if vm.path().exists() {
             return Err(ApiError::name_taken(format!("host {} has a VM {name:?} already", self.config.name)));
@@ -177,7 +183,7 @@ impl Agent {
         disks: &[DiskPlacement],
     ) -> Result<(), ApiError> {
         let definition = &request.definition;
-        super::make_private_dir(vm.path()).map_err(|e| ApiError::storage(e.to_string()))?;
+        vm.make()?;
         vm.save_definition(definition)?;
         copy_whole(vm, &request.kernel, &vm.kernel(), MAX_KERNEL)?;
         if let Some(initrd) = &request.initrd {

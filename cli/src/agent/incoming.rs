@@ -5,6 +5,7 @@
 //! and disks, which go from process to process.
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::path::Path;
 use std::sync::{Arc, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -12,8 +13,10 @@ use std::time::Duration;
 use axum::body::Body;
 use futures_util::StreamExt;
 use tokio::io::AsyncWriteExt;
-use vmove_compute::process::protocol::{IncomingSpec, LaunchSpec, Request, RunState, Start};
-use vmove_mirror::journal::MoveId;
+use vmove_compute::process::protocol::{
+    IncomingSpec, LaunchSpec, ProcessStatus, Reply, Request, RunState, Start,
+};
+use vmove_mirror::journal::{MoveId, Standing};
 
 use super::control;
 use super::create::{MAX_INITRD, MAX_KERNEL, check_definition};
@@ -71,10 +74,25 @@ impl VmFile {
 
 /// Whether the last process of a VM was started to receive it by this move.
 pub(super) fn arrives_by(vm: &VmDir, move_id: &str) -> bool {
-    vm.launch().is_some_and(|launch| match launch.start {
-        Start::Incoming(spec) => spec.move_id == move_id,
-        Start::Boot => false,
-    })
+    source_of(vm, move_id).is_some()
+}
+
+/// The host a VM's last process was started to receive it from, if it was by this move.
+fn source_of(vm: &VmDir, move_id: &str) -> Option<String> {
+    match vm.launch()?.start {
+        Start::Incoming(spec) if spec.move_id == move_id => Some(spec.from_host),
+        Start::Incoming(_) | Start::Boot => None,
+    }
+}
+
+/// Refuses to end the process of a VM that is this host's, or whose owner only the source's word decides.
+fn check_ours_to_end(vm: &VmDir, move_id: &str) -> Result<(), ApiError> {
+    match vm.journal()?.standing() {
+        Standing::Nothing | Standing::Incoming { prepared: false, .. } => Ok(()),
+        _ => Err(ApiError::undecided(format!(
+            "move {move_id} is prepared here or further: only its source's word ends it"
+        ))),
+    }
 }
 
 impl Agent {
@@ -83,7 +101,8 @@ impl Agent {
         self.arrivals.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Judges an offer. A real one that is accepted makes the VM's directory and reserves its name; a refusal lists everything.
+    /// Judges an offer. A real one that is accepted makes the VM's directory and reserves its name; a refusal lists everything. To be
+    /// run to its end: dropped half way it leaves the directory.
     pub async fn receive_offer(
         self: &Arc<Self>,
         from: &str,
@@ -93,10 +112,9 @@ impl Agent {
         let name = offer.definition.name.clone();
         let vm = self.registry.vm(&name)?;
         if self.arrivals().accepted.contains_key(&offer.move_id) {
-            return Err(ApiError::conflict(format!("move {} was offered twice", offer.move_id)));
+            return Err(offered_twice(&offer.move_id));
         }
-        self.wait_for_remains(&name, &vm).await?;
-        let reservation = self.reserve_soon(&name, "arriving from another host").await;
+        let reservation = self.reserve_arrival(&name, &vm).await?;
         let taken = match (&reservation, self.view(&name).await?) {
             (_, Some(view)) => Some(vms::word(view.state)),
             (Err(_), None) => Some(self.registry.busy(&name).unwrap_or("busy")),
@@ -113,21 +131,42 @@ impl Agent {
                 blockers,
             ));
         }
-        let reservation = reservation?;
+        let accepted = self.accept(from, &vm, offer, &disks, reservation?).await;
+        if accepted.is_err() {
+            // Not waited for: the source is to hear why.
+            let agent = self.clone();
+            tokio::spawn(async move { agent.settle(&name).await });
+        }
+        accepted.map(|()| OfferAccepted { disks, blockers: Vec::new() })
+    }
+
+    /// Makes the VM's directory and keeps the offer for its time. The reservation ends with an error.
+    async fn accept(
+        self: &Arc<Self>,
+        from: &str,
+        vm: &VmDir,
+        offer: Offer,
+        disks: &[DiskPlacement],
+        reservation: Reservation,
+    ) -> Result<(), ApiError> {
+        let name = offer.definition.name.clone();
         let mut definition = offer.definition.clone();
-        for (disk, placed) in definition.disks.iter_mut().zip(&disks) {
+        for (disk, placed) in definition.disks.iter_mut().zip(disks) {
             disk.datastore.clone_from(&placed.datastore);
         }
         let made = vm.clone();
         blocking(move || {
-            super::make_private_dir(made.path()).map_err(|e| ApiError::storage(e.to_string()))?;
+            made.make()?;
             made.save_definition(&definition)
         })
         .await?;
         let move_id = offer.move_id.clone();
+        let arrival = Arrival { offer, disks: disks.to_vec(), receiving: false, _reservation: reservation };
+        match self.arrivals().accepted.entry(move_id.clone()) {
+            Entry::Vacant(free) => drop(free.insert(arrival)),
+            Entry::Occupied(_) => return Err(offered_twice(&move_id)),
+        }
         tracing::info!(vm = name, move_id, from, "VM is to arrive");
-        let arrival = Arrival { offer, disks: disks.clone(), receiving: false, _reservation: reservation };
-        self.arrivals().accepted.insert(move_id.clone(), arrival);
         let agent = self.clone();
         tokio::spawn(async move {
             if agent.pause(PATIENCE).await && agent.arrivals().accepted.remove(&move_id).is_some() {
@@ -135,23 +174,31 @@ impl Agent {
                 agent.settle(&name).await;
             }
         });
-        Ok(OfferAccepted { disks, blockers: Vec::new() })
+        Ok(())
     }
 
-    /// A VM that has just left may come back at once: what is left of it here is given a moment to go.
-    async fn wait_for_remains(&self, name: &str, vm: &VmDir) -> Result<(), ApiError> {
+    /// Reserves a VM for its arrival. One that has just left may come back at once: what is left of it here is given a moment to go.
+    async fn reserve_arrival(
+        self: &Arc<Self>,
+        name: &str,
+        vm: &VmDir,
+    ) -> Result<Result<Reservation, ApiError>, ApiError> {
         let end = tokio::time::Instant::now() + REMAINS_DEADLINE;
-        while tokio::time::Instant::now() < end {
+        loop {
             let going = match self.view(name).await? {
-                Some(view) => view.status.is_some_and(|status| status.state == RunState::Leaving),
+                Some(view) => is_leaving(vm, view.status).await,
                 None => vm.path().exists() && !self.is_arriving(name),
             };
-            if !going {
-                break;
+            if !going || tokio::time::Instant::now() >= end {
+                let reservation = self.reserve_soon(name, "arriving from another host").await;
+                // Its process may have ended, and its directory be left, only since that look.
+                let left = reservation.is_ok() && vm.path().exists() && self.view(name).await?.is_none();
+                if !left || tokio::time::Instant::now() >= end {
+                    return Ok(reservation);
+                }
             }
             tokio::time::sleep(REMAINS_INTERVAL).await;
         }
-        Ok(())
     }
 
     /// Whether an accepted offer of a VM waits to be started.
@@ -301,21 +348,16 @@ impl Agent {
         }
         for name in self.registry.names()? {
             let vm = self.registry.vm(&name)?;
-            if !arrives_by(&vm, move_id) {
-                continue;
+            let Some(source) = source_of(&vm, move_id) else { continue };
+            if source != from {
+                return Err(not_from(move_id, from));
             }
-            return self.end_arrival(from, &name, &vm, move_id).await;
+            return self.end_arrival(&name, &vm, move_id).await;
         }
         Err(unknown(move_id))
     }
 
-    async fn end_arrival(
-        self: &Arc<Self>,
-        from: &str,
-        name: &str,
-        vm: &VmDir,
-        move_id: &str,
-    ) -> Result<(), ApiError> {
+    async fn end_arrival(self: &Arc<Self>, name: &str, vm: &VmDir, move_id: &str) -> Result<(), ApiError> {
         if let Ok(status) = control::status(vm.path()).await {
             match status.state {
                 RunState::Incoming => {}
@@ -328,22 +370,24 @@ impl Agent {
                     return Err(ApiError::conflict(format!("move {move_id} is committed")));
                 }
             }
-            if status.incoming.as_ref().is_some_and(|(_, host)| host != from) {
-                return Err(ApiError::forbidden(format!("move {move_id} is not from host {from}")));
-            }
             // A refusal, or no answer, is dealt with below.
             let _ = control::ask(vm.path(), &Request::Cancel).await;
+        } else {
+            // Deaf, perhaps: then its journal says whether it may be waited for and ended.
+            let (look, id) = (vm.clone(), move_id.to_owned());
+            blocking(move || process::find(look.path()).map_or(Ok(()), |_| check_ours_to_end(&look, &id)))
+                .await?;
         }
         if !self.wait_gone(vm, CANCEL_DEADLINE).await {
             let again = control::status(vm.path()).await;
             if again.is_ok_and(|status| status.state != RunState::Incoming) {
                 return Err(ApiError::conflict(format!("move {move_id} has been decided meanwhile")));
             }
-            // Safe at any moment: its journal says what stands, and settle follows that.
-            let dir = vm.path().to_path_buf();
+            let (look, id) = (vm.clone(), move_id.to_owned());
             blocking(move || {
-                if let Some(pid) = process::find(&dir) {
-                    process::kill_now(pid, &dir);
+                check_ours_to_end(&look, &id)?;
+                if let Some(pid) = process::find(look.path()) {
+                    process::kill_now(pid, look.path());
                 }
                 Ok(())
             })
@@ -355,14 +399,34 @@ impl Agent {
     }
 }
 
+/// Whether the process here has let a VM go and is only about to end.
+async fn is_leaving(vm: &VmDir, status: Option<ProcessStatus>) -> bool {
+    match status {
+        Some(status) if status.state == RunState::Leaving => true,
+        Some(ProcessStatus { moving: Some(_), .. }) => matches!(
+            control::ask(vm.path(), &Request::MoveStatus).await,
+            Ok(Reply::MoveStatus(Some(progress))) if ["committed", "completed"].contains(&progress.phase.as_str())
+        ),
+        _ => false,
+    }
+}
+
 fn unknown(move_id: &str) -> ApiError {
     ApiError::not_found(format!("no move {move_id} is arriving here"))
+}
+
+fn offered_twice(move_id: &str) -> ApiError {
+    ApiError::conflict(format!("move {move_id} was offered twice"))
+}
+
+fn not_from(move_id: &str, from: &str) -> ApiError {
+    ApiError::forbidden(format!("move {move_id} is not from host {from}"))
 }
 
 fn accepted<'a>(arrivals: &'a mut Arrivals, from: &str, move_id: &str) -> Result<&'a mut Arrival, ApiError> {
     let arrival = arrivals.accepted.get_mut(move_id).ok_or_else(|| unknown(move_id))?;
     if arrival.offer.from_host != from {
-        return Err(ApiError::forbidden(format!("move {move_id} is not from host {from}")));
+        return Err(not_from(move_id, from));
     }
     Ok(arrival)
 }

@@ -21,6 +21,8 @@ const READY_DEADLINE: Duration = Duration::from_secs(20);
 const ADOPTED_INTERVAL: Duration = Duration::from_millis(300);
 /// Directories on their way out, in the state directory.
 pub const GONE_PREFIX: &str = ".gone-";
+/// Reports of moves that are kept.
+const KEPT_REPORTS: usize = 1000;
 
 impl Agent {
     /// Starts the process of a VM and waits until it answers (and, for one that awaits a source, until it listens). The caller has
@@ -120,7 +122,11 @@ impl Agent {
     /// What an agent finds when it begins: processes of an earlier one are followed, VMs without one are settled.
     pub(super) async fn adopt(self: &Arc<Self>) -> Result<(), ApiError> {
         let agent = self.clone();
-        blocking(move || agent.sweep()).await?;
+        blocking(move || {
+            agent.sweep()?;
+            agent.prune_reports(KEPT_REPORTS)
+        })
+        .await?;
         for name in self.registry.names()? {
             let dir = self.registry.vm(&name)?.path().to_path_buf();
             let search = dir.clone();

@@ -31,6 +31,8 @@ use crate::identity::files::write_private;
 
 /// The request a VM's last move was begun with, in its directory.
 pub const REQUEST_FILE: &str = "request.json";
+/// Longest pause that may be asked for, ms: an hour.
+const MAX_DOWNTIME_MS: u64 = 3_600_000;
 /// How often a move is looked at.
 const FOLLOW_INTERVAL: Duration = Duration::from_millis(100);
 /// Bytes of a file sent at once.
@@ -39,6 +41,12 @@ const CHUNK: usize = 256 << 10;
 impl Agent {
     /// Begins a move of a VM of this host, or plans it.
     pub async fn move_vm(self: &Arc<Self>, name: &str, request: MoveRequest) -> Result<MoveAnswer, ApiError> {
+        if request.max_downtime_ms > MAX_DOWNTIME_MS {
+            return Err(ApiError::invalid(format!(
+                "max_downtime_ms is {}; it must be at most {MAX_DOWNTIME_MS} (one hour)",
+                request.max_downtime_ms
+            )));
+        }
         let reservation = if request.dry_run {
             None
         } else {

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::error::ApiError;
-use super::vmdir::VmDir;
+use super::vmdir::{VmDir, sync_dir};
 
 /// What the agent itself does with a VM after its process has ended; completes "the VM is ...".
 pub const SETTLING: &str = "being settled after its process ended";
@@ -42,6 +42,7 @@ impl Registry {
     pub fn open(state: &Path) -> Result<Self, ApiError> {
         let dir = state.join("vms");
         std::fs::create_dir_all(&dir).map_err(|e| ApiError::io("create", &dir, &e))?;
+        sync_dir(state)?;
         Ok(Self { dir, slots: Mutex::default() })
     }
 

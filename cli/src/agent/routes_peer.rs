@@ -28,7 +28,11 @@ pub async fn offer(
     Peer(from): Peer,
     Json(offer): Json<Offer>,
 ) -> Result<axum::Json<OfferAccepted>, ApiError> {
-    agent.receive_offer(&from, offer).await.map(axum::Json)
+    // In a task of its own: a source that hangs up must not leave a directory nobody follows.
+    tokio::spawn(async move { agent.receive_offer(&from, offer).await })
+        .await
+        .unwrap_or_else(|_| Err(ApiError::internal("the agent failed; see its log")))
+        .map(axum::Json)
 }
 
 /// Send the VM's kernel or initrd, as offered.
@@ -80,9 +84,9 @@ pub async fn discard(
     responses((status = 200, body = VerdictAnswer), (status = "default", description = "Why not", body = ErrorBody)))]
 pub async fn verdict(
     State(agent): Shared,
-    Peer(_from): Peer,
+    Peer(from): Peer,
     Path((vm, id)): Path<(String, String)>,
 ) -> Result<axum::Json<VerdictAnswer>, ApiError> {
-    let verdict = agent.verdict(&vm, &id).await?;
+    let verdict = agent.verdict(&from, &vm, &id).await?;
     Ok(axum::Json(VerdictAnswer { verdict }))
 }

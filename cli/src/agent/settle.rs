@@ -98,8 +98,14 @@ impl Agent {
         tracing::info!(vm = name, ?settlement, "VM without a process");
         match settlement {
             Settlement::Startable => {
-                let look = vm.clone();
-                if blocking(move || never_ran(&look, &standing)).await? {
+                let (agent, look, owned) = (self.clone(), vm.clone(), name.to_owned());
+                let never_ran = blocking(move || {
+                    retire_left(&owned, &look, &standing)?;
+                    images::remove_empty_dirs(&agent.stores, &owned);
+                    never_ran(&look, &standing)
+                })
+                .await?;
+                if never_ran {
                     self.boot(name).await?;
                 }
                 Ok(Settled::Done)
@@ -163,7 +169,8 @@ impl Agent {
         Ok(())
     }
 
-    /// A VM that has left, whose target has not said so to the process here: asks the target's agent.
+    /// A VM that has left, whose target has not said so to the process here: asks the target's agent, then all others, for it may
+    /// have gone on since.
     async fn confirm_gone(
         self: &Arc<Self>,
         name: &str,
@@ -174,12 +181,13 @@ impl Agent {
             return Ok(Settled::Done);
         };
         let path = format!("/v1/vms/{name}");
-        let there: Result<VmDetail, ApiError> =
-            self.peers.call(to_host, Method::GET, &path, None::<&()>, peers::SHORT).await;
-        let owned = there.is_ok_and(|there| {
+        let owns = |there: &VmDetail| {
             there.summary.generation >= *generation
                 && !matches!(there.summary.state, VmState::Incoming | VmState::Undecided)
-        });
+        };
+        let there: Result<VmDetail, ApiError> =
+            self.peers.call(to_host, Method::GET, &path, None::<&()>, peers::SHORT).await;
+        let owned = there.is_ok_and(|there| owns(&there)) || self.peers.find(&path, owns).await.is_some();
         if !owned {
             return Ok(Settled::Again);
         }
@@ -207,14 +215,18 @@ impl Agent {
         match vm.journal()?.standing() {
             Standing::Released { .. } => retire(name, vm),
             Standing::Incoming { disks, .. } | Standing::Discarded { disks, .. } => {
-                remove_arrived(name, &placements(disks))
+                let arrived = vm.records()?.into_iter().rev().find_map(|record| match record {
+                    Record::Incoming { generation, .. } => Some(generation),
+                    _ => None,
+                });
+                remove_arrived(name, arrived.unwrap_or(0), &placements(disks))
             }
             Standing::Nothing => {
                 // Either an arrival that did not come as far as its first record, or a creation.
                 if let Some(launch) = vm.launch()
                     && matches!(launch.start, Start::Incoming(_))
                 {
-                    return remove_arrived(name, &launch.disks);
+                    return remove_arrived(name, launch.generation, &launch.disks);
                 }
                 match vm.definition() {
                     Ok(definition) => self.remove_half_made(&definition),
@@ -259,6 +271,24 @@ impl Agent {
         Ok(dir)
     }
 
+    /// Removes all but the newest `keep` of the kept reports.
+    pub(super) fn prune_reports(&self, keep: usize) -> Result<(), ApiError> {
+        let dir = self.archive_dir()?;
+        let entries = std::fs::read_dir(&dir).map_err(|e| ApiError::io("list", &dir, &e))?;
+        let mut reports: Vec<_> = entries
+            .filter_map(|entry| {
+                let path = entry.ok()?.path();
+                let report = path.extension().is_some_and(|extension| extension == "json");
+                report.then(|| Some((path.metadata().ok()?.modified().ok()?, path)))?
+            })
+            .collect();
+        reports.sort_unstable_by(|a, b| b.cmp(a));
+        for (_, path) in reports.into_iter().skip(keep) {
+            std::fs::remove_file(&path).map_err(|e| ApiError::io("remove", &path, &e))?;
+        }
+        Ok(())
+    }
+
     /// Asks the agent of a move's source how it went.
     async fn ask_verdict(&self, host: &str, vm: &str, move_id: &str) -> Result<Verdict, ApiError> {
         let path = format!("/v1/vms/{vm}/moves/{move_id}/verdict");
@@ -267,10 +297,24 @@ impl Agent {
         Ok(answer.verdict)
     }
 
-    /// How a move from here went. With a dead process that had not committed, `Aborted` is journaled before it is said.
-    pub async fn verdict(self: &Arc<Self>, name: &str, move_id: &str) -> Result<Verdict, ApiError> {
+    /// How a move from here went, for host `from`. With a dead process that had not committed, `Aborted` is journaled before it is
+    /// said; so while a move is under way only its target may ask, whose question means that it cannot go on without the answer.
+    pub async fn verdict(
+        self: &Arc<Self>,
+        from: &str,
+        name: &str,
+        move_id: &str,
+    ) -> Result<Verdict, ApiError> {
         let id = MoveId::new(move_id).map_err(|e| ApiError::invalid(e.to_string()))?;
         let vm = self.registry.vm(name)?;
+        let look = vm.clone();
+        let standing = blocking(move || Ok(look.journal()?.standing().clone())).await?;
+        if let Standing::Moving { move_id, to_host, .. } = &standing
+            && *move_id == id
+            && to_host.as_deref() != Some(from)
+        {
+            return Err(ApiError::forbidden(format!("move {move_id} does not go to host {from}")));
+        }
         match control::ask(vm.path(), &Request::Verdict { move_id: move_id.to_owned() }).await {
             Ok(vmove_compute::process::protocol::Reply::Verdict(verdict)) => return Ok(verdict),
             Err(ControlError::Gone(_)) => {}
@@ -343,8 +387,27 @@ fn retire(name: &str, vm: &VmDir) -> Result<(), ApiError> {
         _ => None,
     });
     let Some((generation, disks)) = owned else { return Ok(()) };
+    retire_disks(name, vm, generation, &placements(&disks))
+}
+
+/// Images that a VM of this host left behind in another datastore, when its process died between that commit and their end.
+fn retire_left(name: &str, vm: &VmDir, standing: &Standing) -> Result<(), ApiError> {
+    let Standing::Owner { generation: current, disks } = standing else { return Ok(()) };
+    for record in vm.records()? {
+        let Record::Owner { generation, disks: mut left } = record else { continue };
+        if generation >= *current {
+            continue;
+        }
+        left.retain(|old| disks.iter().all(|disk| disk.path != old.path));
+        retire_disks(name, vm, generation, &placements(&left))?;
+    }
+    Ok(())
+}
+
+/// Removes images of a VM that were its own up to `generation`, or stamps them stale if the last move was asked to keep them.
+fn retire_disks(name: &str, vm: &VmDir, generation: u64, disks: &[DiskPlacement]) -> Result<(), ApiError> {
     let keep = saved_request(vm).is_some_and(|request| request.keep_source);
-    for disk in placements(&disks) {
+    for disk in disks {
         let Some(stamp) = Stamp::read(&disk.path)? else { continue };
         if stamp.vm != name || stamp.generation > generation || stamp.state != OwnerState::Owned {
             continue;
@@ -409,14 +472,12 @@ fn verdict_of_dead(vm: &VmDir, id: &MoveId, archived: &Path) -> Result<Verdict, 
     }
 }
 
-/// Removes images made for an arrival that will not be.
-fn remove_arrived(name: &str, disks: &[DiskPlacement]) -> Result<(), ApiError> {
+/// Removes images made for an arrival that will not be. They are stamped before they are made: one without a stamp is somebody's.
+fn remove_arrived(name: &str, generation: u64, disks: &[DiskPlacement]) -> Result<(), ApiError> {
     for disk in disks {
-        let ours = match Stamp::read(&disk.path)? {
-            Some(stamp) => stamp.vm == name && stamp.state != OwnerState::Stale,
-            // Made, and the crash came before the stamp: the path was free when the arrival began.
-            None => true,
-        };
+        let ours = Stamp::read(&disk.path)?.is_some_and(|stamp| {
+            stamp.vm == name && stamp.state == OwnerState::Incoming && stamp.generation <= generation
+        });
         if ours {
             images::remove(&disk.path)?;
         }
@@ -474,9 +535,12 @@ mod tests {
             path: dir.path().join(name),
         };
         let stamp = |vm: &str, state| Stamp { vm: vm.into(), generation: 2, state };
+        let newer = Stamp { generation: 3, ..stamp("web", OwnerState::Incoming) };
         for (name, found) in [
             ("bare", None),
             ("arriving", Some(stamp("web", OwnerState::Incoming))),
+            ("owned", Some(stamp("web", OwnerState::Owned))),
+            ("newer", Some(newer)),
             ("stale", Some(stamp("web", OwnerState::Stale))),
             ("other", Some(stamp("db", OwnerState::Owned))),
         ] {
@@ -486,9 +550,56 @@ mod tests {
                 stamp.write(&disk.path).unwrap();
             }
         }
-        let all = ["bare", "arriving", "stale", "other", "missing"].map(disk);
-        remove_arrived("web", &all).unwrap();
+        // Stamped, and the crash came before the image was made.
+        stamp("web", OwnerState::Incoming).write(&dir.path().join("missing")).unwrap();
+        let all = ["bare", "arriving", "owned", "newer", "stale", "other", "missing"].map(disk);
+        remove_arrived("web", 2, &all).unwrap();
         let left: Vec<bool> = all.iter().map(|disk| disk.path.exists()).collect();
-        assert_eq!(left, [false, false, true, true, false]);
+        assert_eq!(left, [true, false, true, true, true, true, false]);
+        assert_eq!(Stamp::read(&all[6].path).unwrap(), None);
+    }
+
+    #[test]
+    fn images_left_in_another_datastore_are_retired_and_no_others() {
+        let dir = tempfile::tempdir().unwrap();
+        let disk = |name: &str| DiskPlacement {
+            name: name.into(),
+            datastore: "x".into(),
+            path: dir.path().join(name),
+        };
+        let stamp = |vm: &str, generation, state| Stamp { vm: vm.into(), generation, state };
+        let all = ["old", "stays", "stale", "other", "newer", "bare", "now"].map(disk);
+        for (name, found) in [
+            ("old", Some(stamp("web", 1, OwnerState::Owned))),
+            ("stays", Some(stamp("web", 1, OwnerState::Owned))),
+            ("stale", Some(stamp("web", 1, OwnerState::Stale))),
+            ("other", Some(stamp("db", 1, OwnerState::Owned))),
+            ("newer", Some(stamp("web", 2, OwnerState::Owned))),
+            ("bare", None),
+            ("now", Some(stamp("web", 2, OwnerState::Incoming))),
+        ] {
+            let path = disk(name).path;
+            std::fs::write(&path, b"x").unwrap();
+            if let Some(stamp) = found {
+                stamp.write(&path).unwrap();
+            }
+        }
+        let id = MoveId::new("m").unwrap();
+        let (_dir, vm) = source(&[
+            Record::Owner { generation: 1, disks: disks_at(&all[..6]).unwrap() },
+            Record::Moving { move_id: id, to_host: None, generation: 2 },
+            Record::Owner { generation: 2, disks: disks_at(&[disk("stays"), disk("now")]).unwrap() },
+        ]);
+        let standing = vm.journal().unwrap().standing().clone();
+        let request = vm.path().join(crate::agent::moves::REQUEST_FILE);
+        std::fs::write(&request, r#"{"keep_source":true}"#).unwrap();
+        retire_left("web", &vm, &standing).unwrap();
+        assert!(all.iter().all(|disk| disk.path.exists()), "asked to keep them");
+        assert_eq!(Stamp::read(&all[0].path).unwrap().unwrap().state, OwnerState::Stale);
+        stamp("web", 1, OwnerState::Owned).write(&all[0].path).unwrap();
+        std::fs::remove_file(&request).unwrap();
+        retire_left("web", &vm, &standing).unwrap();
+        let left: Vec<bool> = all.iter().map(|disk| disk.path.exists()).collect();
+        assert_eq!(left, [false, true, true, true, true, true, true]);
     }
 }

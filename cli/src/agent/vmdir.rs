@@ -41,6 +41,13 @@ impl VmDir {
         self.path.join("vm.toml").exists()
     }
 
+    /// Makes it; it is still there after a power cut when this returns.
+    pub fn make(&self) -> Result<(), ApiError> {
+        super::make_private_dir(&self.path).map_err(|e| ApiError::storage(e.to_string()))?;
+        let parent = self.path.parent().unwrap_or(&self.path);
+        sync_dir(parent)
+    }
+
     /// Whether the sockets of a VM process fit here; else the reason why not, in words.
     pub fn sockets_fit(&self) -> Result<(), String> {
         let longest = self.path.join(CONSOLE_SOCKET).as_os_str().len();
@@ -150,6 +157,12 @@ impl VmDir {
         let mut file = std::fs::File::create(path).map_err(|e| ApiError::io("create", path, &e))?;
         file.write_all(bytes).and_then(|()| file.sync_all()).map_err(|e| ApiError::io("write", path, &e))
     }
+}
+
+/// Makes what was created in, or removed from, a directory durable.
+pub(super) fn sync_dir(path: &Path) -> Result<(), ApiError> {
+    let sync = || std::fs::File::open(path)?.sync_all();
+    sync().map_err(|e| ApiError::io("sync", path, &e))
 }
 
 /// Why a record was not appended.

@@ -59,17 +59,17 @@ impl Agent {
 
     async fn look_at(&self, name: &str, vm: &VmDir) -> Result<Option<VmView>, ApiError> {
         match control::status(vm.path()).await {
-            Ok(status) => Ok(Some(view_of_process(&vm, status)?)),
+            Ok(status) => Ok(Some(view_of_process(vm, status)?)),
             Err(ControlError::Gone(_)) => {
                 let dir = vm.path().to_path_buf();
                 let pid = blocking(move || Ok(process::find(&dir))).await?;
                 match pid {
-                    Some(pid) => Ok(Some(view_of_starting(&vm, pid)?)),
+                    Some(pid) => Ok(Some(view_of_starting(vm, pid)?)),
                     None => self.view_of_journal(name, vm),
                 }
             }
             Err(error) => {
-                let mut view = view_of_starting(&vm, 0)?;
+                let mut view = view_of_starting(vm, 0)?;
                 view.pid = None;
                 view.error = Some(error.to_string());
                 Ok(Some(view))

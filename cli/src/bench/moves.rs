@@ -11,7 +11,7 @@ use crate::demo::script::{Steps, create, order};
 use crate::demo::watch::Watch;
 
 /// Name of the VM.
-const VM: &str = "bench";
+const VM: &str = "load";
 /// RAM of the VM beside what the guest fills, MiB.
 const MORE_MIB: u64 = 512;
 /// How long the guest may take to fill its memory.
