@@ -62,7 +62,10 @@ pub struct Watch {
 impl Watch {
     /// Watches a VM on all hosts of a cluster.
     pub fn start(cluster: &Cluster, vm: &str) -> Self {
-        let dirs: Vec<PathBuf> = cluster.hosts.iter().map(|host| host.vm_dir(vm)).collect();
+        Self::over(cluster.hosts.iter().map(|host| host.vm_dir(vm)).collect())
+    }
+
+    fn over(dirs: Vec<PathBuf>) -> Self {
         let enough = Arc::new(AtomicBool::new(false));
         let end = Arc::clone(&enough);
         let watcher = thread::spawn(move || {
@@ -97,5 +100,53 @@ impl Watch {
 impl Drop for Watch {
     fn drop(&mut self) {
         self.enough.store(true, Ordering::SeqCst);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixListener;
+
+    use super::*;
+    use crate::wait::until;
+
+    /// A process in `dir` that says of itself that it runs the guest. Gives the number of questions it has answered.
+    fn runner(dir: &Path) -> Arc<std::sync::atomic::AtomicU64> {
+        let listener = UnixListener::bind(dir.join(CONTROL_SOCKET)).unwrap();
+        let answered: Arc<std::sync::atomic::AtomicU64> = Arc::default();
+        let count = Arc::clone(&answered);
+        let status = serde_json::json!({"status": {
+            "state": "running", "pid": 1, "generation": 1, "disks": [], "listening": null, "incoming": null, "moving": null,
+            "vm": {"name": "vm", "memory_mib": 1},
+        }});
+        thread::spawn(move || {
+            for mut socket in listener.incoming().map_while(Result::ok) {
+                let mut question = String::new();
+                BufReader::new(&socket).read_line(&mut question).unwrap();
+                let answer = if question.contains("move_status") {
+                    serde_json::json!({"move_status": null})
+                } else {
+                    status.clone()
+                };
+                // Who asks may be gone.
+                let _ = writeln!(socket, "{answer}");
+                count.fetch_add(1, Ordering::SeqCst);
+            }
+        });
+        answered
+    }
+
+    #[test]
+    fn two_runners_are_noticed_and_one_is_not() {
+        let (one, other) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let dirs = vec![one.path().to_owned(), other.path().to_owned()];
+        let answered = runner(one.path());
+        let watch = Watch::over(dirs.clone());
+        until("some looks", || (answered.load(Ordering::SeqCst) > 6).then_some(()));
+        watch.finish();
+        runner(other.path());
+        let watch = Watch::over(dirs);
+        until("the watch crying out", || watch.watcher.as_ref().unwrap().is_finished().then_some(()));
+        assert!(std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| watch.finish())).is_err());
     }
 }
