@@ -37,7 +37,7 @@ impl DemoArgs {
     }
 }
 
-/// Runs `work` with a fresh pair of hosts and takes them down afterwards, whatever happened, Ctrl-C and SIGTERM included.
+/// Runs `work` with a fresh pair of hosts and takes them down afterwards, whatever happened, Ctrl-C, SIGTERM and a closed terminal included.
 pub async fn with_rig<T>(
     prefix: &str,
     work: impl AsyncFnOnce(&mut Rig) -> Result<T, DemoError>,
@@ -45,11 +45,13 @@ pub async fn with_rig<T>(
     rig::check_kvm().map_err(CommandError::failed)?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     let mut terminate = signal(SignalKind::terminate())?;
+    let mut hangup = signal(SignalKind::hangup())?;
     let mut rig = Rig::new(prefix).map_err(CommandError::failed)?;
     let result = tokio::select! {
         result = work(&mut rig) => result.map_err(CommandError::failed),
         _ = interrupt.recv() => Err(CommandError::Cancelled("interrupted; cleaned up".to_owned())),
         _ = terminate.recv() => Err(CommandError::Cancelled("terminated; cleaned up".to_owned())),
+        _ = hangup.recv() => Err(CommandError::Cancelled("the terminal is gone; cleaned up".to_owned())),
     };
     if let Err(CommandError::Failed { .. }) = &result {
         // The directory goes away; what the agents said must not go with it.
