@@ -94,6 +94,8 @@ enum Wake {
 struct State {
     run: RunState,
     machine: Option<Arc<Machine>>,
+    /// What was typed while there was no machine: a guest that has just arrived runs a moment before it is known here.
+    typed_early: Vec<u8>,
     generation: u64,
     disks: Vec<DiskPlacement>,
     spec: LaunchSpec,
@@ -101,6 +103,29 @@ struct State {
     arriving: Option<Sender<target::Event>>,
     undecided: Option<Arc<AtomicBool>>,
     listening: Option<Listening>,
+}
+
+/// Most bytes typed early that are kept.
+const MAX_TYPED_EARLY: usize = 256;
+
+impl State {
+    fn type_in(&mut self, bytes: &[u8]) {
+        match &self.machine {
+            Some(machine) => {
+                // A guest that does not read loses what is too much, as on a real line.
+                machine.console_input(bytes);
+            }
+            None => {
+                let room = MAX_TYPED_EARLY - self.typed_early.len();
+                self.typed_early.extend(&bytes[..bytes.len().min(room)]);
+            }
+        }
+    }
+
+    fn give(&mut self, machine: &Arc<Machine>) {
+        machine.console_input(&std::mem::take(&mut self.typed_early));
+        self.machine = Some(Arc::clone(machine));
+    }
 }
 
 /// What the main thread, the control socket and the console share.
@@ -138,6 +163,7 @@ pub fn run(dir: &Path) -> Result<(), ProcessError> {
                 Start::Incoming(_) => RunState::Incoming,
             },
             machine: None,
+            typed_early: Vec::new(),
             generation: spec.generation,
             disks: spec.disks.clone(),
             spec: spec.clone(),
@@ -251,7 +277,7 @@ fn boot(shared: &Shared, console: &Console) -> Result<Arc<Machine>, ProcessError
         disks,
     };
     let machine = Arc::new(Machine::boot(config, sink(console))?);
-    state.machine = Some(Arc::clone(&machine));
+    state.give(&machine);
     Ok(machine)
 }
 
@@ -262,14 +288,7 @@ fn sink(console: &Console) -> ConsoleSink {
 fn serve(shared: &Arc<Shared>, console: &Console) -> Result<(), ProcessError> {
     let typed = Arc::clone(shared);
     let path = shared.dir.join(CONSOLE_SOCKET);
-    console
-        .serve(&path, move |bytes| {
-            let machine = typed.lock().machine.clone();
-            if let Some(machine) = machine {
-                machine.console_input(bytes);
-            }
-        })
-        .map_err(file("listen on", &path))?;
+    console.serve(&path, move |bytes| typed.lock().type_in(bytes)).map_err(file("listen on", &path))?;
     let asked = Arc::clone(shared);
     let path = shared.dir.join(CONTROL_SOCKET);
     control::serve(&path, move |request| answer(&asked, request)).map_err(file("listen on", &path))
@@ -307,7 +326,7 @@ fn arrive(
         TargetEnd::Running(machine) => {
             let machine = Arc::new(*machine);
             let mut state = shared.lock();
-            state.machine = Some(Arc::clone(&machine));
+            state.give(&machine);
             state.run = RunState::Running;
             state.arriving = None;
             state.undecided = None;
