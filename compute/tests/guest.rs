@@ -45,7 +45,7 @@ fn fields(line: &str, kind: &str) -> Option<HashMap<String, u64>> {
 /// The first line of that kind after `seen` lines, and the number of lines up to it. Fails on an error line.
 fn next_line(console: &Console, kind: &str, seen: usize) -> (HashMap<String, u64>, usize) {
     console.wait(kind, |lines| {
-        if let Some(error) = lines.iter().find(|line| line.starts_with("error")) {
+        if let Some(error) = lines.iter().find(|line| line.starts_with("error ")) {
             panic!("the guest says: {error}");
         }
         let (at, found) =

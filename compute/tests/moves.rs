@@ -119,7 +119,7 @@ impl Process {
         until(kind, || {
             let text = self.console.lock().unwrap();
             let complete = &text[..text.rfind('\n').map_or(0, |end| end + 1)];
-            if let Some(error) = complete.lines().find(|line| line.starts_with("error")) {
+            if let Some(error) = complete.lines().find(|line| line.starts_with("error ")) {
                 panic!("the guest says: {error}");
             }
             let rest = complete.get(skip..)?;

@@ -16,6 +16,7 @@ use std::{
         mpsc::{self, Receiver, Sender},
     },
     thread,
+    time::{Duration, Instant},
 };
 
 use vmove_devices::ConsoleSink;
@@ -37,6 +38,9 @@ use crate::{
     machine::{DiskConfig, DiskSource, ExitReason, Machine, MachineConfig},
     migrate::{MoveError, ProgressBoard, SourceEnd, SourceMove, TargetEnd, TargetMove, VmJournal, placement},
 };
+
+/// How long typed keys wait for a guest that takes them.
+const PATIENCE: Duration = Duration::from_secs(5);
 
 /// Why the process ended other than by plan.
 #[derive(Debug, thiserror::Error)]
@@ -288,10 +292,24 @@ fn sink(console: &Console) -> ConsoleSink {
 fn serve(shared: &Arc<Shared>, console: &Console) -> Result<(), ProcessError> {
     let typed = Arc::clone(shared);
     let path = shared.dir.join(CONSOLE_SOCKET);
-    console.serve(&path, move |bytes| typed.lock().type_in(bytes)).map_err(file("listen on", &path))?;
+    console.serve(&path, move |bytes| type_in(&typed, bytes)).map_err(file("listen on", &path))?;
     let asked = Arc::clone(shared);
     let path = shared.dir.join(CONTROL_SOCKET);
     control::serve(&path, move |request| answer(&asked, request)).map_err(file("listen on", &path))
+}
+
+/// Gives the guest what a watcher types. A guest that arrives may be seen to run a moment before the machine is known here, and one
+/// that does not read for a while has little room: neither loses keys at once.
+fn type_in(shared: &Shared, mut bytes: &[u8]) {
+    let end = Instant::now() + PATIENCE;
+    while !bytes.is_empty() && Instant::now() < end {
+        let machine = shared.lock().machine.clone();
+        let taken = machine.map_or(0, |machine| machine.console_input(bytes));
+        bytes = &bytes[taken..];
+        if taken == 0 {
+            thread::sleep(Duration::from_millis(5));
+        }
+    }
 }
 
 /// Takes a VM in; none if it did not come.
