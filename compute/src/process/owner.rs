@@ -98,8 +98,6 @@ enum Wake {
 struct State {
     run: RunState,
     machine: Option<Arc<Machine>>,
-    /// What was typed while there was no machine: a guest that has just arrived runs a moment before it is known here.
-    typed_early: Vec<u8>,
     generation: u64,
     disks: Vec<DiskPlacement>,
     spec: LaunchSpec,
@@ -107,29 +105,6 @@ struct State {
     arriving: Option<Sender<target::Event>>,
     undecided: Option<Arc<AtomicBool>>,
     listening: Option<Listening>,
-}
-
-/// Most bytes typed early that are kept.
-const MAX_TYPED_EARLY: usize = 256;
-
-impl State {
-    fn type_in(&mut self, bytes: &[u8]) {
-        match &self.machine {
-            Some(machine) => {
-                // A guest that does not read loses what is too much, as on a real line.
-                machine.console_input(bytes);
-            }
-            None => {
-                let room = MAX_TYPED_EARLY - self.typed_early.len();
-                self.typed_early.extend(&bytes[..bytes.len().min(room)]);
-            }
-        }
-    }
-
-    fn give(&mut self, machine: &Arc<Machine>) {
-        machine.console_input(&std::mem::take(&mut self.typed_early));
-        self.machine = Some(Arc::clone(machine));
-    }
 }
 
 /// What the main thread, the control socket and the console share.
@@ -167,7 +142,6 @@ pub fn run(dir: &Path) -> Result<(), ProcessError> {
                 Start::Incoming(_) => RunState::Incoming,
             },
             machine: None,
-            typed_early: Vec::new(),
             generation: spec.generation,
             disks: spec.disks.clone(),
             spec: spec.clone(),
@@ -281,7 +255,7 @@ fn boot(shared: &Shared, console: &Console) -> Result<Arc<Machine>, ProcessError
         disks,
     };
     let machine = Arc::new(Machine::boot(config, sink(console))?);
-    state.give(&machine);
+    state.machine = Some(Arc::clone(&machine));
     Ok(machine)
 }
 
@@ -344,7 +318,7 @@ fn arrive(
         TargetEnd::Running(machine) => {
             let machine = Arc::new(*machine);
             let mut state = shared.lock();
-            state.give(&machine);
+            state.machine = Some(Arc::clone(&machine));
             state.run = RunState::Running;
             state.arriving = None;
             state.undecided = None;
