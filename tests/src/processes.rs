@@ -26,10 +26,16 @@ pub fn of_vm(program: &Path, vm_dir: &Path) -> Option<u32> {
 
 fn matching(program: &Path, fits: impl Fn(&[&OsStr]) -> bool) -> Vec<u32> {
     let Ok(entries) = fs::read_dir("/proc") else { return Vec::new() };
+    // So the kernel names a file that was built anew meanwhile (proc(5), /proc/pid/exe).
+    let mut replaced = program.as_os_str().to_owned();
+    replaced.push(" (deleted)");
+    let replaced = Path::new(&replaced);
     entries
         .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse::<u32>().ok())
         .filter(|pid| *pid != std::process::id())
-        .filter(|pid| fs::read_link(format!("/proc/{pid}/exe")).is_ok_and(|exe| exe == program))
+        .filter(|pid| {
+            fs::read_link(format!("/proc/{pid}/exe")).is_ok_and(|exe| exe == program || exe == replaced)
+        })
         .filter(|pid| {
             let Ok(line) = fs::read(format!("/proc/{pid}/cmdline")) else { return false };
             let words: Vec<&OsStr> = line.split(|byte| *byte == 0).map(OsStr::from_bytes).collect();
