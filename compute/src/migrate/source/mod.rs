@@ -2,6 +2,9 @@
 //!
 //! Lives here: which worker carries out which action. Never enters: decisions.
 
+mod after;
+mod peer;
+
 use std::{
     collections::VecDeque,
     sync::{
@@ -16,31 +19,24 @@ use std::{
 use vmove_mirror::{
     Micros,
     block::Stats,
-    committed::{Committed, CommittedAction, CommittedEvent},
     digest,
     journal::{DiskAt, MoveId, Record},
     pages::PageSet,
     source::{Action, Event, Phase, Source, SourcePlan},
-    wire::{
-        control::{self, Counters, DiskSetup, Proof, SourceMsg, TargetMsg},
-        frame::Kind,
-        hello::Role,
-    },
+    wire::control::{Counters, DiskSetup, Proof, SourceMsg, TargetMsg},
 };
-use vmove_storage::OwnerState;
 
 use super::{
-    AppendError, MAX_MESSAGES, MoveError, ProgressBoard, VmJournal, audit,
+    AppendError, MoveError, ProgressBoard, VmJournal, audit,
     blocks_out::BlocksOut,
-    images,
-    link::{Link, LinkCloser, LinkReceiver, LinkSender},
-    listen,
-    local::LocalTarget,
+    link::Link,
     pace::Pace,
     pages_out::PagesOut,
     report::{self, Meter},
     stop_points,
 };
+use peer::Peer;
+
 use crate::{
     machine::Machine,
     process::protocol::{DiskPlacement, IdentityPaths, ImageShape, MoveOrder, VmDefinition},
@@ -54,9 +50,6 @@ const LAST_WORD: Duration = Duration::from_millis(500);
 
 /// How long a write of the guest may wait for the target before the guest goes on alone.
 const STALL: Duration = Duration::from_secs(10);
-
-/// How long the target may take to say that it runs before it is left to the agents to find out.
-const RUNNING: Duration = Duration::from_secs(30);
 
 /// A move to be made from here.
 pub struct SourceMove {
@@ -101,13 +94,6 @@ pub enum SourceEnd {
     },
     /// Neither side is known to own the VM, or it cannot go on: nobody may run until the journal is settled.
     Fenced(String),
-}
-
-/// The target's side of the connections.
-enum Peer {
-    None,
-    Remote { control: LinkSender, closer: LinkCloser },
-    Local(LocalTarget),
 }
 
 struct Driver {
@@ -452,66 +438,6 @@ impl Driver {
         Flow::Go
     }
 
-    fn connect(&mut self) -> Result<(), MoveError> {
-        let task = &self.task;
-        let Some(target) = task.order.target.clone() else {
-            let copies = task.order.copies.iter().cloned().zip(task.shapes.iter().cloned()).collect();
-            let mut local =
-                LocalTarget::new(Arc::clone(&task.machine), &task.vm.name, task.generation + 1, copies);
-            let made = local.make(&task.events);
-            self.peer = Peer::Local(local);
-            self.pending_links = made?;
-            return Ok(());
-        };
-        let identity = if task.order.plain { None } else { task.identity.as_ref() };
-        if identity.is_none() && !task.order.plain {
-            return Err(MoveError::Tls("this host has no identity: run `vmove init` or `vmove join`".into()));
-        }
-        let host = &task.order.to.host;
-        let call = |role| listen::call(&target, host, role, identity);
-        let (control, receiver, closer) =
-            call(Role::Control)?.split().map_err(MoveError::io("control link"))?;
-        self.peer = Peer::Remote { control, closer };
-        let (events, lost) = (task.events.clone(), Arc::clone(&self.control_lost));
-        thread::Builder::new()
-            .name("control".into())
-            .spawn(move || listen_to_target(receiver, &events, &lost))
-            .map_err(MoveError::io("start a thread"))?;
-        self.pages = Some(PagesOut::start(
-            task.machine.ram().clone(),
-            call(Role::Pages(0))?,
-            Arc::clone(&self.pace),
-            task.events.clone(),
-        )?);
-        for index in 0..task.shapes.len() {
-            self.pending_links.push(call(Role::Disk(index as u8))?);
-        }
-        Ok(())
-    }
-
-    fn tell(&mut self, message: &SourceMsg) {
-        match &mut self.peer {
-            Peer::None => {}
-            Peer::Remote { control, .. } => {
-                let sent = control::encode(message)
-                    .map_err(|e| e.to_string())
-                    .and_then(|frame| control.send(&[&frame]).map_err(|e| e.to_string()));
-                if let Err(error) = sent {
-                    self.control_lost.store(true, Ordering::SeqCst);
-                    self.post(Event::LinkLost(error));
-                }
-            }
-            Peer::Local(target) => {
-                let answer = match message {
-                    SourceMsg::Setup { .. } => Ok(TargetMsg::Ready),
-                    SourceMsg::Prepare(_) => target.prepare(self.task.order.audit),
-                    _ => return,
-                };
-                self.post(answer.map_or_else(|e| Event::Failed(e.to_string()), Event::Target));
-            }
-        }
-    }
-
     fn start_mirrors(&mut self) -> Result<(), MoveError> {
         let mut mirrors = Vec::new();
         for (index, link) in std::mem::take(&mut self.pending_links).into_iter().enumerate() {
@@ -583,108 +509,6 @@ impl Driver {
         let disks = self.mirrors.iter().map(BlocksOut::audit).collect::<Result<Vec<_>, _>>()?;
         Ok(digest::combine(ram, &disks))
     }
-
-    /// After the commit.
-    fn finish(
-        &mut self,
-        mut committed: Committed,
-        mut actions: Vec<CommittedAction>,
-        inbox: &Receiver<Event>,
-    ) -> SourceEnd {
-        self.task.board.update(|p| p.phase = "committed".into());
-        let mut retire = false;
-        let patience = Instant::now() + RUNNING;
-        loop {
-            for action in std::mem::take(&mut actions) {
-                stop_points::reach(&format!("source.{}", committed_name(&action)));
-                match action {
-                    CommittedAction::Tell(message) => self.tell(&message),
-                    CommittedAction::Pivot => {
-                        self.mirrors.iter().for_each(BlocksOut::detach);
-                        let Peer::Local(target) = &self.peer else { continue };
-                        let pivoted = target.pivot().and_then(|()| {
-                            self.task.machine.resume().map_err(|e| MoveError::Machine(e.to_string()))
-                        });
-                        if let Err(error) = pivoted {
-                            return SourceEnd::Fenced(format!("the new images cannot be used: {error}"));
-                        }
-                        actions.extend(committed.step(self.now(), CommittedEvent::Pivoted));
-                    }
-                    CommittedAction::Journal(record) => {
-                        let appended =
-                            self.task.journal.lock().unwrap_or_else(PoisonError::into_inner).append(&record);
-                        if let Err(error) = appended {
-                            tracing::warn!(%error, "the end of the move is not journalled");
-                        }
-                        actions.extend(committed.step(self.now(), CommittedEvent::Journaled));
-                    }
-                    CommittedAction::Retire => retire = true,
-                    CommittedAction::Finish { confirmed } => {
-                        return self.end(&committed, confirmed, retire);
-                    }
-                }
-            }
-            if !actions.is_empty() {
-                continue;
-            }
-            let event = match inbox.recv_timeout(GLANCE) {
-                Ok(Event::Target(TargetMsg::Running { resume_us })) => CommittedEvent::Running { resume_us },
-                // The data connections may end before the control connection has brought the last word.
-                Ok(Event::LinkLost(_)) if self.control_lost.load(Ordering::SeqCst) => {
-                    CommittedEvent::LinkLost
-                }
-                // It has stopped answering: the agents find out what became of it.
-                _ if Instant::now() >= patience => CommittedEvent::LinkLost,
-                _ => continue,
-            };
-            actions = committed.step(self.now(), event);
-        }
-    }
-
-    fn end(&mut self, committed: &Committed, confirmed: bool, retire: bool) -> SourceEnd {
-        let report = report::committed(
-            &self.task.vm,
-            &self.task.order,
-            self.now(),
-            committed,
-            &self.stats(),
-            self.digest,
-            confirmed,
-        );
-        self.mirrors = Arc::new(Vec::new());
-        self.pages = None;
-        let warning = report.reason.clone();
-        let end = match &self.peer {
-            Peer::Local(_) => {
-                if retire {
-                    let copied = |d: &&DiskPlacement| self.task.order.copies.iter().any(|c| c.name == d.name);
-                    self.task.disks.iter().filter(copied).for_each(|old| self.task.retire(old));
-                }
-                SourceEnd::Pivoted { disks: self.disks_after(), generation: self.task.generation + 1 }
-            }
-            _ => {
-                if retire {
-                    self.task.disks.iter().for_each(|old| self.task.retire(old));
-                }
-                SourceEnd::Moved { confirmed }
-            }
-        };
-        self.task.board.finish(report, warning);
-        end
-    }
-}
-
-impl Parts {
-    /// An image that is no longer the VM's: removed, or kept and stamped so that nobody starts it.
-    fn retire(&self, old: &DiskPlacement) {
-        if !self.order.keep_source {
-            images::remove(&old.path);
-            return;
-        }
-        if let Err(error) = images::stamp(&old.path, &self.vm.name, self.generation, OwnerState::Stale) {
-            tracing::warn!(%error, "an image that was left is not stamped");
-        }
-    }
 }
 
 /// A placement as journals name it.
@@ -699,28 +523,6 @@ pub fn at(place: &DiskPlacement) -> DiskAt {
 fn save_state(machine: &Machine) -> Result<Vec<u8>, MoveError> {
     let sections = machine.save_state().map_err(|e| MoveError::Machine(e.to_string()))?;
     postcard::to_stdvec(&sections).map_err(|e| MoveError::Machine(format!("encode the state: {e}")))
-}
-
-fn listen_to_target(mut receiver: LinkReceiver, events: &Sender<Event>, lost: &AtomicBool) {
-    for _ in 0..MAX_MESSAGES {
-        let message = receiver.frame().and_then(|(header, head)| match header.kind {
-            Kind::Control => control::decode::<TargetMsg>(&head).map_err(MoveError::wire("control link")),
-            _ => Err(MoveError::Machine("the target sent data on the control link".into())),
-        });
-        let event = match message {
-            Ok(message) => Event::Target(message),
-            Err(error) => {
-                lost.store(true, Ordering::SeqCst);
-                Event::LinkLost(error.to_string())
-            }
-        };
-        let ended = matches!(event, Event::LinkLost(_));
-        if events.send(event).is_err() || ended {
-            return;
-        }
-    }
-    lost.store(true, Ordering::SeqCst);
-    let _ = events.send(Event::LinkLost("the target sends more messages than a move has".into()));
 }
 
 /// Names of the stop points, in the order a move meets them.
@@ -748,15 +550,5 @@ fn name(action: &Action) -> &'static str {
         Action::StopLogging => "stop-logging",
         Action::Resume => "resume",
         Action::Finish { .. } => "finish",
-    }
-}
-
-fn committed_name(action: &CommittedAction) -> &'static str {
-    match action {
-        CommittedAction::Tell(_) => "tell-commit",
-        CommittedAction::Pivot => "pivot",
-        CommittedAction::Journal(_) => "journal-released",
-        CommittedAction::Retire => "retire",
-        CommittedAction::Finish { .. } => "finish-committed",
     }
 }
