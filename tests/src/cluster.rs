@@ -13,6 +13,7 @@ use serde::de::DeserializeOwned;
 use tempfile::TempDir;
 
 use crate::processes;
+use crate::relay::Relay;
 use crate::stops::Stops;
 use crate::wait::until;
 
@@ -102,6 +103,8 @@ pub struct Cluster {
     pub hosts: Vec<Host>,
     /// Stop points of its VM processes.
     pub stops: Stops,
+    /// What stands between the VM processes of a move, if anything does.
+    pub relay: Option<Relay>,
     dir: TempDir,
 }
 
@@ -114,6 +117,22 @@ impl Cluster {
         }
         cluster.acquainted();
         cluster
+    }
+
+    /// The same with a relay on all data connections of moves.
+    pub fn start_with_relay(program: &str, hosts: &[&str], hold: &[&str]) -> Self {
+        let mut cluster = Self::prepare(program, hosts, hold);
+        cluster.relay = Some(Relay::start());
+        for index in 0..hosts.len() {
+            cluster.join(index);
+        }
+        cluster.acquainted();
+        cluster
+    }
+
+    /// The relay of a cluster that was started with one.
+    pub fn relay(&self) -> &Relay {
+        self.relay.as_ref().unwrap_or_else(|| panic!("this cluster has no relay"))
     }
 
     /// The same without anything run: what is still to be changed is changed before [`Cluster::join`].
@@ -134,6 +153,7 @@ impl Cluster {
             program: Path::new(program).canonicalize().unwrap(),
             hosts,
             stops: Stops::new(&path.join("stops"), hold),
+            relay: None,
             dir,
         }
     }
@@ -213,6 +233,7 @@ impl Cluster {
             }
         };
         command.args(["agent", "--state"]).arg(&host.state).envs(self.stops.environment());
+        command.envs(self.relay.iter().map(Relay::environment));
         let mut agent = command.stdout(log.try_clone().unwrap()).stderr(log).spawn().unwrap();
         until(&format!("the agent of {}", host.name), || {
             assert!(agent.try_wait().unwrap().is_none(), "the agent of {} ended: {}", host.name, self.logs());

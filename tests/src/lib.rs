@@ -6,6 +6,7 @@
 //! | [`guest`] | VMs of the fixture guest: made, moved, and where they run |
 //! | [`console`] | what the guest says, parsed, waited for |
 //! | [`stops`] | holding a move between two of its steps |
+//! | [`relay`] | standing between the two sides of a move: cutting, holding, damaging its connections |
 //! | [`runners`] | the watch for two runners of one VM |
 //! | [`processes`] | processes of a test, by their command lines |
 //! | [`peer`] | TLS connections of friends and strangers to an agent |
@@ -23,6 +24,7 @@ pub mod images;
 pub mod kvm;
 pub mod peer;
 pub mod processes;
+pub mod relay;
 pub mod runners;
 pub mod stops;
 pub mod wait;

@@ -23,7 +23,7 @@ use vmove_mirror::wire::{
     hello::{Hello, HelloAnswer, MIN_VERSION, Role, VERSION},
 };
 
-use super::{MoveError, link::Link, tls};
+use super::{MoveError, detour, link::Link, tls};
 use crate::process::protocol::{IdentityPaths, Listening};
 
 /// How long one side waits for the other in the handshake of one connection.
@@ -201,7 +201,7 @@ pub fn call(
         .ok_or_else(|| MoveError::Machine("the ticket is not 32 digits".into()))?;
     let address = SocketAddr::new(ip, to.port);
     let what = format!("connect to {host} at {address}");
-    let stream = TcpStream::connect_timeout(&address, HANDSHAKE).map_err(MoveError::io(&what))?;
+    let stream = detour::connect(address, HANDSHAKE).map_err(MoveError::io(&what))?;
     let timer = stream.try_clone().map_err(MoveError::io(&what))?;
     timer.set_read_timeout(Some(HANDSHAKE)).map_err(MoveError::io(&what))?;
     let link = match identity {

@@ -12,6 +12,7 @@
 mod audit;
 mod blocks_in;
 mod blocks_out;
+mod detour;
 mod images;
 mod inbox;
 mod journal;
