@@ -54,6 +54,8 @@ pub struct Committed {
     pub stats: RamStats,
     /// Rounds of memory, the final one included.
     pub rounds: u32,
+    /// Times that lost connections were made anew.
+    pub reconnects: u32,
     /// Allocated bytes of the target's images.
     pub allocated: Vec<u64>,
     /// Microseconds the target spent on loading and checking the state.
@@ -71,6 +73,7 @@ impl Committed {
         marks: Marks,
         stats: RamStats,
         rounds: u32,
+        reconnects: u32,
         allocated: Vec<u64>,
         load_us: u64,
     ) -> (Self, Vec<CommittedAction>) {
@@ -79,8 +82,18 @@ impl Committed {
         } else {
             CommittedAction::Pivot
         };
-        let this =
-            Self { plan, marks, stats, rounds, allocated, load_us, running: 0, resume_us: 0, ended: false };
+        let this = Self {
+            plan,
+            marks,
+            stats,
+            rounds,
+            reconnects,
+            allocated,
+            load_us,
+            running: 0,
+            resume_us: 0,
+            ended: false,
+        };
         (this, vec![first])
     }
 

@@ -11,6 +11,7 @@
 //! | [`block`] | the mirror of one disk: background copy beside guest writes |
 //! | [`journal`], [`recovery`] | who owns the VM, on disk; what to do with what is found there after a crash |
 //! | [`wire`] | bytes between the two sides: hello, versions, frames, messages |
+//! | [`ledger`] | what was sent and has arrived, so that a move goes on over new connections |
 //! | [`pages`], [`digest`] | sets of pages; proofs that both sides hold the same |
 //!
 //! **Invariants.** No sockets, clocks, threads, files, KVM or unsafe code enter this crate. Every byte from outside is capped and
@@ -22,6 +23,7 @@ pub mod block;
 pub mod committed;
 pub mod digest;
 pub mod journal;
+pub mod ledger;
 pub mod pages;
 pub mod precopy;
 pub mod recovery;

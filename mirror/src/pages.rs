@@ -71,6 +71,20 @@ impl PageSet {
         }
     }
 
+    /// Removes a range; the part past the end of RAM is ignored.
+    pub fn remove(&mut self, range: PageRange) {
+        let end = range.first.saturating_add(range.count).min(self.pages);
+        let mut page = range.first;
+        while page < end {
+            let (word, bit) = ((page / 64) as usize, page % 64);
+            let n = (64 - bit).min(end - page);
+            let mask = if n == 64 { u64::MAX } else { ((1 << n) - 1) << bit };
+            self.len -= u64::from((mask & self.words[word]).count_ones());
+            self.words[word] &= !mask;
+            page += n;
+        }
+    }
+
     /// Adds all of `other`, a set over the same RAM.
     pub fn merge(&mut self, other: &Self) {
         assert_eq!(self.pages, other.pages, "page sets of different machines");
@@ -134,6 +148,7 @@ mod tests {
         fn behaves_like_a_set(
             pages in 1u64..400,
             ranges in proptest::collection::vec((0u64..450, 1u64..200), 0..12),
+            removals in proptest::collection::vec((0u64..450, 1u64..200), 0..4),
             takes in proptest::collection::vec((0u64..450, 0u64..150), 0..12),
         ) {
             let mut set = PageSet::empty(pages);
@@ -141,6 +156,11 @@ mod tests {
             for (first, count) in ranges {
                 set.insert(PageRange { first, count });
                 model.extend((first..first + count).filter(|p| *p < pages));
+                prop_assert_eq!(set.len(), model.len() as u64);
+            }
+            for (first, count) in removals {
+                set.remove(PageRange { first, count });
+                model.retain(|p| !(first..first + count).contains(p));
                 prop_assert_eq!(set.len(), model.len() as u64);
             }
             for (from, limit) in takes {

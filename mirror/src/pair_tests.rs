@@ -1,4 +1,5 @@
-//! Both engines stepped against each other in virtual time, with a cut, a failed journal or a cancel at any event.
+//! Both engines stepped against each other in virtual time, with cuts, a failed journal or a cancel at any event. RAM is real here: a
+//! number a page, carried by frames that may be lost.
 
 use std::collections::VecDeque;
 
@@ -8,19 +9,45 @@ use crate::{
     block::State as DiskState,
     committed::{Committed, CommittedAction, CommittedEvent},
     journal::{Journal, MoveId, Record, Standing, Verdict},
+    ledger::{PageCounts, PagesLedger},
     pages::{PageRange, PageSet},
     source::{self, Source, SourcePlan},
     target::{self, Target, TargetPlan},
-    wire::control::{DiskSetup, Proof, SourceMsg, TargetMsg},
+    wire::{
+        control::{Arrived, Counters, DiskSetup, Proof, SourceMsg, TargetMsg},
+        pages::PagesHead,
+    },
 };
 
 const PAGES: u64 = 10_000;
+const RESIDENT: u64 = 5000;
+/// Pages a frame carries here.
+const FRAME_PAGES: u64 = 500;
+/// Pages that may be under way when a connection is lost: two batches.
+const WINDOW: u64 = 2 * source::BATCH_PAGES;
 
 #[derive(Debug)]
 enum Next {
     Source(source::Event),
     Committed(CommittedEvent),
     Target(target::Event),
+    /// Arrives on the connections of an epoch, or not at all.
+    Wire(u32, Wire),
+    /// New connections are made.
+    Relink,
+    /// They cannot be made.
+    GiveUp,
+    /// The target looks whether the source may still call.
+    Patience,
+}
+
+#[derive(Debug)]
+enum Wire {
+    ToSource(TargetMsg),
+    ToTarget(SourceMsg),
+    Frame(PagesHead, Vec<u32>),
+    RoundEnd(u32),
+    FramesAcked(u64),
 }
 
 enum SourceSide {
@@ -32,7 +59,12 @@ enum SourceSide {
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum Fault {
     None,
-    Cut(usize),
+    /// The connections are lost, and can be made again.
+    Cuts([usize; 3]),
+    /// They are lost for good.
+    CutForGood(usize),
+    /// They are lost, and some events later the user gives up.
+    CutThenCancel(usize, usize),
     Cancel(usize),
     SourceJournal(usize),
     TargetJournal(usize),
@@ -50,6 +82,16 @@ struct World {
     events: usize,
     fault: Fault,
     linked: bool,
+    epoch: u32,
+    /// Connections lost while the source was past the pause, and before its commit.
+    cut_in_the_pause: bool,
+    source_ram: Vec<u32>,
+    target_ram: Vec<u32>,
+    ledger: PagesLedger,
+    arrived: Arrived,
+    counts: PageCounts,
+    pages_sent: u64,
+    turned_dirty: u64,
     source_runs: bool,
     target_runs: bool,
     /// Dirty pages the guest makes in successive rounds.
@@ -97,6 +139,15 @@ fn run(fault: Fault, dirty: Vec<u64>, damaged: Vec<PageRange>) -> World {
         events: 0,
         fault,
         linked: true,
+        epoch: 1,
+        cut_in_the_pause: false,
+        source_ram: (0..PAGES).map(|page| u32::from(page < RESIDENT)).collect(),
+        target_ram: vec![0; PAGES as usize],
+        ledger: PagesLedger::new(PAGES),
+        arrived: Arrived::default(),
+        counts: PageCounts::default(),
+        pages_sent: 0,
+        turned_dirty: 0,
         source_runs: true,
         target_runs: false,
         dirty,
@@ -119,11 +170,10 @@ impl World {
             assert!(self.events < 10_000, "it does not end");
             self.now += 1_000;
             match self.fault {
-                Fault::Cut(at) if at == self.events => {
-                    self.linked = false;
-                    self.queue.push_back(Next::Source(source::Event::LinkLost("cut".into())));
-                    self.queue.push_back(Next::Committed(CommittedEvent::LinkLost));
-                    self.queue.push_back(Next::Target(target::Event::LinkLost("cut".into())));
+                Fault::Cuts(at) if at.contains(&self.events) => self.cut(),
+                Fault::CutForGood(at) | Fault::CutThenCancel(at, _) if at == self.events => self.cut(),
+                Fault::CutThenCancel(at, later) if at + later == self.events => {
+                    self.queue.push_back(Next::Source(source::Event::Cancel));
                 }
                 Fault::Cancel(at) if at == self.events => {
                     self.queue.push_back(Next::Source(source::Event::Cancel));
@@ -131,8 +181,20 @@ impl World {
                 _ => {}
             }
             match next {
+                Next::Wire(epoch, wire) if self.linked && epoch == self.epoch => self.arrive(wire),
+                Next::Wire(..) => {}
+                Next::Relink => self.relink(),
+                Next::GiveUp => self.for_source(source::Event::GaveUp("nobody there".into())),
+                Next::Patience if self.target.phase() > target::Phase::Waiting => {}
+                Next::Patience if self.source_end.is_some() => {
+                    self.queue.push_back(Next::Target(target::Event::Failed("nobody calls".into())));
+                }
+                Next::Patience => self.queue.push_back(Next::Patience),
                 Next::Source(event) => {
                     if let SourceSide::Moving(source) = &mut self.source {
+                        let paused =
+                            (source::Phase::Pausing..source::Phase::Committing).contains(&source.phase());
+                        self.cut_in_the_pause |= paused && matches!(event, source::Event::LinkLost(_));
                         let actions = source.step(self.now, event);
                         self.source_actions(actions);
                     }
@@ -156,10 +218,77 @@ impl World {
         self.queue.push_back(Next::Source(event));
     }
 
-    fn reply(&mut self, message: TargetMsg) {
+    fn send(&mut self, wire: Wire) {
         if self.linked {
-            self.for_source(source::Event::Target(message));
+            self.queue.push_back(Next::Wire(self.epoch, wire));
         }
+    }
+
+    fn cut(&mut self) {
+        self.linked = false;
+        self.queue.push_back(Next::Source(source::Event::LinkLost("cut".into())));
+        self.queue.push_back(Next::Committed(CommittedEvent::LinkLost));
+        self.queue.push_back(Next::Target(target::Event::LinkLost("cut".into())));
+    }
+
+    /// What drivers do once nothing of the old connections is left: only what they had already posted can still come.
+    fn relink(&mut self) {
+        if self.source_end.is_some() {
+            return;
+        }
+        if self.target_ended {
+            return self.for_source(source::Event::GaveUp("nobody listens".into()));
+        }
+        self.epoch += 1;
+        self.linked = true;
+        let arrived = self.arrived.clone();
+        // The target may not have noticed that the old ones are gone.
+        let actions = self.target.step(target::Event::LinkLost("called anew".into()));
+        self.target_actions(actions);
+        self.queue.push_back(Next::Target(target::Event::Linked(arrived)));
+        self.for_source(source::Event::Connected);
+    }
+
+    fn arrive(&mut self, wire: Wire) {
+        match wire {
+            Wire::ToSource(message) => self.for_source(source::Event::Target(message)),
+            Wire::ToTarget(message) => self.queue.push_back(Next::Target(target::Event::Source(message))),
+            Wire::Frame(head, values) => {
+                let pages = head.runs.iter().flat_map(|r| r.range.first..r.range.first + r.range.count);
+                for (page, value) in pages.zip(values) {
+                    self.target_ram[page as usize] = value;
+                }
+                self.counts.add(&head);
+                self.arrived.frames += 1;
+                self.send(Wire::FramesAcked(self.arrived.frames));
+            }
+            Wire::RoundEnd(round) => {
+                let damaged = std::mem::take(&mut self.damaged);
+                self.send(Wire::ToSource(TargetMsg::RoundAck { round, damaged }));
+            }
+            Wire::FramesAcked(frames) => self.ledger.acked(frames).unwrap(),
+        }
+    }
+
+    fn send_pages(&mut self, ranges: &[PageRange]) {
+        self.ledger.queue(ranges);
+        let pages: Vec<u64> = ranges.iter().flat_map(|r| r.first..r.first + r.count).collect();
+        for pages in pages.chunks(FRAME_PAGES as usize) {
+            let mut head = PagesHead::default();
+            for page in pages {
+                let value = self.source_ram[*page as usize];
+                head.push(*page, (value > 0).then_some(value.into()));
+            }
+            let values = pages.iter().map(|page| self.source_ram[*page as usize]).collect();
+            // A stream whose connection is gone stops here.
+            if !self.linked {
+                return;
+            }
+            self.ledger.sent(&head);
+            self.pages_sent += pages.len() as u64;
+            self.send(Wire::Frame(head, values));
+        }
+        self.for_source(source::Event::BatchSent { bytes: pages.len() as u64 * 4096, zero_pages: 0 });
     }
 
     fn source_actions(&mut self, actions: Vec<source::Action>) {
@@ -194,34 +323,43 @@ impl World {
                 }
                 A::Connect => {
                     if self.linked {
+                        self.queue.push_back(Next::Target(target::Event::Linked(Arrived::default())));
                         self.for_source(E::Connected);
                     } else {
                         self.for_source(E::LinkLost("refused".into()));
                     }
                 }
-                A::Tell(message) => {
-                    if self.linked {
-                        self.queue.push_back(Next::Target(target::Event::Source(message)));
-                    }
+                A::Reconnect => {
+                    self.linked = false;
+                    self.for_source(E::Disk { index: 0, state: DiskState::Degraded });
+                    self.queue.push_back(match self.fault {
+                        Fault::CutForGood(_) => Next::GiveUp,
+                        _ => Next::Relink,
+                    });
                 }
+                A::Restore(arrived) => {
+                    let lost = self.ledger.roll_back(arrived.frames).unwrap();
+                    self.for_source(E::Restored { lost, bytes: 0 });
+                    self.for_source(E::Disk { index: 0, state: DiskState::Synced });
+                }
+                A::Tell(message) => self.send(Wire::ToTarget(message)),
                 A::StartMirrors => self.for_source(E::Disk { index: 0, state: DiskState::Synced }),
                 A::StartLogging => {
                     let mut resident = PageSet::empty(PAGES);
-                    resident.insert(PageRange { first: 0, count: 5000 });
+                    resident.insert(PageRange { first: 0, count: RESIDENT });
                     self.for_source(E::LoggingStarted { resident });
                 }
-                A::SendPages(ranges) => {
-                    let pages: u64 = ranges.iter().map(|r| r.count).sum();
-                    self.for_source(E::BatchSent { bytes: pages * 4096, zero_pages: 0 });
-                }
-                A::EndRound(round) => {
-                    let damaged = std::mem::take(&mut self.damaged);
-                    self.reply(TargetMsg::RoundAck { round, damaged });
-                }
+                A::SendPages(ranges) => self.send_pages(&ranges),
+                A::EndRound(round) => self.send(Wire::RoundEnd(round)),
                 A::CollectDirty => {
                     let mut set = PageSet::empty(PAGES);
                     if let count @ 1.. = self.dirty.pop().unwrap_or(0) {
                         set.insert(PageRange { first: 7, count });
+                        self.turned_dirty += count;
+                        // Every other one of them now holds something else.
+                        for page in (7..7 + count).step_by(2) {
+                            self.source_ram[page as usize] += 1;
+                        }
                     }
                     self.for_source(E::Dirty(set));
                 }
@@ -234,7 +372,7 @@ impl World {
                     self.for_source(E::Disk { index: 0, state: DiskState::Drained });
                 }
                 A::SaveState => self.for_source(E::StateSaved(vec![1, 2, 3])),
-                A::Prove => self.for_source(E::Proved(Proof { audit: Some([1; 32]), ..Proof::default() })),
+                A::Prove => self.for_source(E::Proved(proof(self.ledger.counts(), &self.source_ram))),
                 A::DropMirrors | A::StopLogging => {}
                 A::Resume => self.source_runs = true,
                 A::Finish { reason, .. } => {
@@ -242,6 +380,7 @@ impl World {
                     // The driver closes its connections, or never made them and the agents tell the target.
                     self.linked = false;
                     self.queue.push_back(Next::Target(target::Event::LinkLost("closed".into())));
+                    self.queue.push_back(Next::Patience);
                 }
             }
         }
@@ -252,7 +391,7 @@ impl World {
             match action {
                 CommittedAction::Tell(message) => {
                     if self.linked {
-                        self.queue.push_back(Next::Target(target::Event::Source(message)));
+                        self.send(Wire::ToTarget(message));
                     } else {
                         self.queue.push_back(Next::Committed(CommittedEvent::LinkLost));
                     }
@@ -286,6 +425,10 @@ impl World {
                     }
                 }
                 A::MakeImages => E::ImagesReady,
+                A::Await => {
+                    self.queue.push_back(Next::Patience);
+                    continue;
+                }
                 A::Tell(TargetMsg::Running { resume_us }) => {
                     if self.linked {
                         self.queue.push_back(Next::Committed(CommittedEvent::Running { resume_us }));
@@ -293,7 +436,7 @@ impl World {
                     continue;
                 }
                 A::Tell(message) => {
-                    self.reply(message);
+                    self.send(Wire::ToSource(message));
                     continue;
                 }
                 A::LoadState(bytes) => {
@@ -303,19 +446,21 @@ impl World {
                 A::Prove { audit } => {
                     assert!(audit);
                     let audit = Some(if self.fault == Fault::Damage { [9; 32] } else { [1; 32] });
-                    E::Proved { proof: Proof { audit, ..Proof::default() }, allocated: vec![0], load_us: 1 }
+                    let proof = Proof { audit, ..proof(self.counts, &self.target_ram) };
+                    E::Proved { proof, allocated: vec![0], load_us: 1 }
                 }
                 A::AskVerdict => {
                     // What the agents do: a source that has not committed is made to abort by being asked.
                     let id = MoveId::new("m").unwrap();
                     if self.source_journal.verdict(&id) == Verdict::Moving {
-                        self.for_source(source::Event::LinkLost("asked".into()));
+                        self.for_source(source::Event::Failed("asked".into()));
                         self.queue.push_back(Next::Target(E::Resolved(Verdict::Moving)));
                         continue;
                     }
                     E::Resolved(self.source_journal.verdict(&id))
                 }
                 A::Run => {
+                    assert_eq!(self.source_ram, self.target_ram, "RAM at the switch");
                     self.target_runs = true;
                     E::Resumed { resume_us: 5 }
                 }
@@ -325,6 +470,11 @@ impl World {
                 }
                 A::Finish { refused } => {
                     self.target_ended = true;
+                    if refused.is_some() {
+                        // Its process ends, and its connections with it.
+                        self.linked = false;
+                        self.for_source(source::Event::LinkLost("the target has ended".into()));
+                    }
                     self.target_refused = refused;
                     continue;
                 }
@@ -353,7 +503,81 @@ fn a_difference_found_by_the_audit_keeps_the_source() {
 #[test]
 fn without_faults_every_event_index_is_reached() {
     // The fault tests below draw indexes up to this many events: they must cover the whole move.
-    assert!(run(Fault::None, vec![4000, 4500], vec![]).events < 60);
+    assert!(run(Fault::None, vec![4000, 4500], vec![]).events < EVENTS);
+}
+
+/// More events than a move has here.
+const EVENTS: usize = 150;
+
+/// Cuts the connections at every event of a move in turn: before the pause it completes all the same, and sends no more than an uncut
+/// one and what was under way.
+#[test]
+fn a_connection_lost_before_the_pause_is_made_again() {
+    let dirty = || vec![30, 3000, 4500];
+    let uncut = run(Fault::None, dirty(), vec![]);
+    let mut resumed = 0;
+    for at in 1..uncut.events {
+        let world = run(Fault::Cuts([at, 0, 0]), dirty(), vec![PageRange { first: 3, count: 2 }]);
+        let SourceSide::Committed(committed) = &world.source else {
+            assert!(world.cut_in_the_pause || at < 4, "cut at {at}: {:?}", world.source_end);
+            continue;
+        };
+        resumed += committed.reconnects;
+        assert!(world.target_runs && !world.cut_in_the_pause, "cut at {at}");
+        let most = RESIDENT + world.turned_dirty + 2 + u64::from(committed.reconnects) * WINDOW;
+        assert!(world.pages_sent <= most, "cut at {at}: {} of at most {most}", world.pages_sent);
+    }
+    assert!(resumed > 20, "{resumed}");
+}
+
+#[test]
+fn a_connection_lost_while_nothing_is_under_way_costs_nothing() {
+    let dirty = || vec![30, 3000];
+    let uncut = run(Fault::None, dirty(), vec![]);
+    // The target's word that it is ready: the mirrors have not begun.
+    let cut = run(Fault::Cuts([9, 0, 0]), dirty(), vec![]);
+    let SourceSide::Committed(committed) = &cut.source else { panic!("{:?}", cut.source_end) };
+    assert_eq!((committed.reconnects, cut.pages_sent), (1, uncut.pages_sent));
+}
+
+#[test]
+fn a_target_that_is_gone_for_good_is_given_up() {
+    for at in 4..EVENTS {
+        let world = run(Fault::CutForGood(at), vec![30, 4000], vec![]);
+        assert!(world.source_runs != world.target_runs, "cut at {at}");
+        if world.source_runs {
+            let why = world.source_end.unwrap();
+            assert!(why.contains("lost"), "{why}");
+            assert!(world.target_ended && world.target_journal.standing() == &discarded());
+        }
+    }
+}
+
+#[test]
+fn a_cancel_while_reconnecting_leaves_nothing() {
+    for at in 4..40 {
+        for later in 1..12 {
+            let world = run(Fault::CutThenCancel(at, later), vec![30, 4000], vec![]);
+            assert!(world.source_runs != world.target_runs, "cut at {at}, cancelled {later} later");
+            if world.source_runs {
+                assert!(world.target_ended && world.target_journal.standing() == &discarded());
+                assert!(matches!(world.source_journal.standing(), Standing::Owner { generation: 1, .. }));
+            }
+        }
+    }
+}
+
+fn proof(counts: PageCounts, ram: &[u32]) -> Proof {
+    let bytes: Vec<u8> = ram.iter().flat_map(|value| value.to_le_bytes()).collect();
+    Proof {
+        counters: Counters { data_pages: counts.data, zero_pages: counts.zero, ..Counters::default() },
+        digest: *blake3::hash(&bytes).as_bytes(),
+        audit: Some([1; 32]),
+    }
+}
+
+fn discarded() -> Standing {
+    Standing::Discarded { move_id: MoveId::new("m").unwrap(), disks: vec![] }
 }
 
 /// Steps a source to the acknowledgement of its first round.
@@ -422,6 +646,7 @@ fn a_target_hears_the_commit_after_a_data_connection_was_lost() {
     let proved = E::Proved { proof: Proof::default(), allocated: vec![], load_us: 0 };
     for event in [
         E::Journaled,
+        E::Linked(Arrived::default()),
         E::Source(setup),
         E::ImagesReady,
         E::Source(SourceMsg::State(vec![])),
@@ -442,10 +667,17 @@ fn a_target_hears_the_commit_after_a_data_connection_was_lost() {
 
 proptest! {
     #[test]
-    fn one_fault_anywhere_leaves_exactly_one_runner(kind in 0u8..4, at in 0usize..60, dirty in proptest::collection::vec(0u64..5000, 0..4)) {
+    fn faults_anywhere_leave_exactly_one_runner(
+        kind in 0u8..6,
+        at in 0..EVENTS,
+        more in (0..EVENTS, 0..EVENTS),
+        dirty in proptest::collection::vec(0u64..5000, 0..4),
+    ) {
         let fault = match kind {
-            0 => Fault::Cut(at),
+            0 => Fault::Cuts([at, more.0, more.1]),
             1 => Fault::Cancel(at),
+            4 => Fault::CutForGood(at),
+            5 => Fault::CutThenCancel(at, more.0),
             2 => Fault::SourceJournal(at),
             _ => Fault::TargetJournal(at),
         };
@@ -459,5 +691,114 @@ proptest! {
             // The source goes on as its owner, and the target holds nothing.
             prop_assert!(world.target_ended);
         }
+        if matches!(fault, Fault::Cuts(_)) && !world.cut_in_the_pause && at > 3 && more.0 > 3 && more.1 > 3 {
+            prop_assert!(world.target_runs, "{:?}: {:?}", fault, world.source_end);
+        }
+    }
+}
+
+#[test]
+fn late_words_of_lost_connections_change_nothing() {
+    let mut source = source_in_precopy();
+    let reconnect = source.step(5, source::Event::LinkLost("cut".into()));
+    assert_eq!(reconnect, [source::Action::Reconnect]);
+    assert_eq!(source.phase().name(), "reconnecting");
+    let late = [
+        ack(vec![]),
+        source::Event::LinkLost("cut as well".into()),
+        source::Event::Target(TargetMsg::Resumed(Arrived::default())),
+        source::Event::BatchSent { bytes: 1, zero_pages: 0 },
+    ];
+    for event in late {
+        assert_eq!(source.step(6, event), []);
+    }
+    assert_eq!(source.step(7, source::Event::Connected), [source::Action::Tell(SourceMsg::Resume)]);
+    let arrived = Arrived { frames: 4, operations: vec![] };
+    let told = source::Event::Target(TargetMsg::Resumed(arrived.clone()));
+    assert_eq!(source.step(8, told), [source::Action::Restore(arrived)]);
+    // The end of the round may not have arrived, or its answer: it is sent again, and one answer is taken.
+    let mut lost = PageSet::empty(PAGES);
+    assert_eq!(
+        source.step(9, source::Event::Restored { lost: lost.clone(), bytes: 0 }),
+        [source::Action::EndRound(1)]
+    );
+    assert_eq!(source.step(10, ack(vec![])), [source::Action::CollectDirty]);
+
+    // Lost again while the dirty pages are being collected; what was sent and has not arrived goes first.
+    source.step(11, source::Event::LinkLost("cut".into()));
+    let mut dirty = PageSet::empty(PAGES);
+    dirty.insert(PageRange { first: 0, count: 3 });
+    assert_eq!(source.step(12, source::Event::Dirty(dirty)), []);
+    source.step(13, source::Event::Connected);
+    source.step(14, source::Event::Target(TargetMsg::Resumed(Arrived::default())));
+    lost.insert(PageRange { first: 3, count: 2 });
+    let send = source.step(15, source::Event::Restored { lost, bytes: 0 });
+    assert_eq!(send, [source::Action::SendPages(vec![PageRange { first: 0, count: 5 }])]);
+    assert_eq!((source.phase(), source.reconnects()), (source::Phase::PreCopy, 2));
+}
+
+#[test]
+fn a_target_that_resumes_out_of_turn_ends_the_move() {
+    let mut source = source_in_precopy();
+    let told = || source::Event::Target(TargetMsg::Resumed(Arrived::default()));
+    source.step(5, told());
+    assert_eq!(source.phase(), source::Phase::Aborting);
+    let mut source = source_in_precopy();
+    source.step(5, source::Event::LinkLost("cut".into()));
+    source.step(6, source::Event::Connected);
+    source.step(7, told());
+    source.step(8, told());
+    assert_eq!(source.phase(), source::Phase::Aborting);
+}
+
+#[test]
+fn a_link_that_drops_again_and_again_is_given_up() {
+    let mut source = source_in_precopy();
+    let mut now = 5;
+    while source.phase() != source::Phase::Aborting {
+        now += 1;
+        source.step(now, source::Event::LinkLost("cut".into()));
+        source.step(now, source::Event::Connected);
+        assert!(now < 1000);
+    }
+    assert_eq!(source.reconnects(), 100);
+}
+
+#[test]
+fn a_source_that_begins_anew_or_says_nothing_first_is_refused() {
+    use target::{Action as A, Event as E};
+    let setup = || E::Source(SourceMsg::Setup { ram_pages: PAGES, disks: vec![], audit: false });
+    let receiving = || {
+        let (mut target, _) = Target::start(TargetPlan {
+            move_id: MoveId::new("m").unwrap(),
+            from_host: "a".into(),
+            generation: 2,
+            ram_pages: PAGES,
+            disks: vec![],
+            images: vec![],
+        });
+        for event in [E::Journaled, E::ImagesReady, E::Linked(Arrived::default()), setup()] {
+            target.step(event);
+        }
+        assert_eq!(target.phase(), target::Phase::Receiving);
+        assert_eq!(target.step(E::LinkLost("cut".into())), [A::Await]);
+        target
+    };
+    let begun = Arrived { frames: 1, operations: vec![] };
+    let mut target = receiving();
+    target.step(E::Linked(Arrived::default()));
+    assert_eq!(target.step(setup()), [A::Tell(TargetMsg::Ready)]);
+
+    let mut target = receiving();
+    target.step(E::Linked(begun.clone()));
+    assert_eq!(target.step(E::Source(SourceMsg::Resume)), [A::Tell(TargetMsg::Resumed(begun.clone()))]);
+    target.step(E::Source(SourceMsg::Resume));
+    assert_eq!(target.phase(), target::Phase::Discarding);
+
+    for said in [setup(), E::Source(SourceMsg::State(vec![]))] {
+        let mut target = receiving();
+        target.step(E::Linked(begun.clone()));
+        target.step(said);
+        assert_eq!(target.phase(), target::Phase::Discarding);
     }
 }

@@ -3,8 +3,16 @@
 //! ```text
 //! Setup -> Mirror -> PreCopy -> Switchover: Pausing -> Draining -> Saving -> FinalPages -> Proving -> Preparing -> Committing
 //!   any of them -> Aborting -> Aborted                                                          Committing -> committed::Committed
+//!   Setup, Mirror, PreCopy: connection lost -> Reconnecting -> Resuming -> back to where it was
 //! ```
 //! A datastore-only move has no memory: Mirror -> Switchover, and its target is a second image on this host.
+//!
+//! **A lost connection** before the pause is no failure. All connections of a move are one: when one is lost the driver ends the others
+//! and makes all of them anew, under the next epoch. The target then says how much has arrived ([`crate::ledger`]); what has not is sent
+//! again, and no more than that. Meanwhile the guest runs on and its mirrors keep note of what it writes. The driver answers
+//! [`Action::Reconnect`] only when nothing of the old connections can post an event any more, so every event that comes after
+//! [`Event::Connected`] speaks of the new ones, and those before it, in `Reconnecting`, are late and harmless. In the pause a lost
+//! connection ends the move: the guest must not wait.
 //! Lives here: phases, rounds, what must be true before the next step. Never enters: bytes, threads, sockets, time of day.
 
 use crate::{
@@ -14,7 +22,7 @@ use crate::{
     journal::{DiskAt, MoveId, Record},
     pages::{PageRange, PageSet},
     precopy::{Decision, Precopy},
-    wire::control::{DiskSetup, Proof, SourceMsg, TargetMsg},
+    wire::control::{Arrived, DiskSetup, Proof, SourceMsg, TargetMsg},
 };
 
 /// Pages handed to the page streams at once (8 MiB).
@@ -25,6 +33,8 @@ const BATCHES: u32 = 2;
 const FIXED_COST: Micros = 10_000;
 /// Times that damaged pages are sent again in the pause.
 const MAX_REPAIRS: u32 = 3;
+/// Times that a move's connections are made anew. A link that bad is no link.
+const MAX_RECONNECTS: u32 = 100;
 
 /// What is moved, decided before the engine starts.
 #[derive(Debug, Clone)]
@@ -56,6 +66,10 @@ pub enum Phase {
     Mirror,
     /// Memory rounds, the guest running.
     PreCopy,
+    /// The connections are lost and are being made anew.
+    Reconnecting,
+    /// They are there again; the target says what has arrived, and the streams go on from there.
+    Resuming,
     /// Stopping the vCPUs.
     Pausing,
     /// Queues and mirrors run empty.
@@ -83,6 +97,7 @@ impl Phase {
             Self::Setup => "setup",
             Self::Mirror => "mirror",
             Self::PreCopy => "pre-copy",
+            Self::Reconnecting | Self::Resuming => "reconnecting",
             Self::Aborting | Self::Aborted => "aborted",
             _ => "switchover",
         }
@@ -96,8 +111,17 @@ pub enum Event {
     Journaled,
     /// It could not be written, and is certainly not there.
     JournalFailed(String),
-    /// All connections are up.
+    /// All connections are up, for the first time or again; no event of earlier ones comes after this.
     Connected,
+    /// They could not be made again in time.
+    GaveUp(String),
+    /// What had not arrived is taken back, and the streams go on over the new connections.
+    Restored {
+        /// Pages asked for and not arrived.
+        lost: PageSet,
+        /// Bytes put on the lost connections for batches that were never reported as sent.
+        bytes: u64,
+    },
     /// The target spoke, on the control connection or (acknowledging rounds) on a page stream.
     Target(TargetMsg),
     /// The mirror of copied disk `index` reached a state.
@@ -144,6 +168,11 @@ pub enum Action {
     Journal(Record),
     /// Connect to the target in all roles.
     Connect,
+    /// The mirrors let the guest go on alone, the connections are ended, and all are made anew, for some time, under the next epoch;
+    /// answer [`Event::Connected`] or [`Event::GaveUp`].
+    Reconnect,
+    /// Take back what has not arrived and go on with the streams from there; answer [`Event::Restored`].
+    Restore(Arrived),
     /// Send on the control connection.
     Tell(SourceMsg),
     /// Put the mirrors between the guest and its disks and start copying.
@@ -213,6 +242,21 @@ pub struct RamStats {
     pub first_round: (u64, Micros),
 }
 
+/// Where a round of memory stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Course {
+    /// It is being found out which pages were ever touched.
+    Logging,
+    /// Batches are under way.
+    Sending,
+    /// The end of the round is on its way, its acknowledgement is due.
+    Ending,
+    /// What turned dirty is being collected.
+    Collecting,
+    /// The next round has to wait for connections, or for disks that have fallen behind: RAM is not sent over and over meanwhile.
+    Held,
+}
+
 /// The engine of a move at its source.
 #[derive(Debug)]
 pub struct Source {
@@ -227,8 +271,11 @@ pub struct Source {
     round_began: Micros,
     round_bytes: u64,
     repairs: u32,
-    /// The end of the round is on its way, its acknowledgement is due.
-    awaiting_ack: bool,
+    course: Course,
+    /// The phase in which the connections were lost, when, and why.
+    lost: (Phase, Micros, String),
+    restoring: bool,
+    reconnects: u32,
     disks: Vec<DiskState>,
     state: Vec<u8>,
     proof: Option<Proof>,
@@ -265,7 +312,10 @@ impl Source {
             round_began: 0,
             round_bytes: 0,
             repairs: 0,
-            awaiting_ack: false,
+            course: Course::Logging,
+            lost: (Phase::Setup, 0, String::new()),
+            restoring: false,
+            reconnects: 0,
             disks: vec![DiskState::Bulk; plan.disks.len()],
             state: Vec::new(),
             proof: None,
@@ -304,6 +354,11 @@ impl Source {
         &self.precopy
     }
 
+    /// Times that lost connections were made anew.
+    pub fn reconnects(&self) -> u32 {
+        self.reconnects
+    }
+
     /// Takes an event; gives what is to be done.
     pub fn step(&mut self, now: Micros, event: Event) -> Vec<Action> {
         let mut out = Vec::new();
@@ -318,6 +373,12 @@ impl Source {
                 self.abort(format!("the commit record could not be written: {why}"), false, &mut out);
             }
             (Phase::Committing, _) => {}
+            (Phase::Reconnecting, Event::LinkLost(_)) => {}
+            (Phase::Setup | Phase::Mirror | Phase::PreCopy | Phase::Resuming, Event::LinkLost(why))
+                if self.connected && self.plan.to_host.is_some() =>
+            {
+                self.link_lost(now, why, &mut out);
+            }
             (_, Event::LinkLost(why)) => {
                 self.connected = false;
                 self.abort(format!("the connection to the target was lost: {why}"), false, &mut out);
@@ -334,11 +395,40 @@ impl Source {
             (Phase::Setup, Event::Journaled) => out.push(Action::Connect),
             (Phase::Setup, Event::Connected) => {
                 self.connected = true;
-                out.push(Action::Tell(SourceMsg::Setup {
-                    ram_pages: self.plan.ram_pages.unwrap_or(0),
-                    disks: self.plan.disks.clone(),
-                    audit: self.plan.audit,
-                }));
+                self.tell_setup(&mut out);
+            }
+            (Phase::Reconnecting, Event::GaveUp(why)) => {
+                let first = std::mem::take(&mut self.lost.2);
+                let reason = format!(
+                    "the connection to the target was lost ({first}) and could not be made again: {why}"
+                );
+                self.abort(reason, false, &mut out);
+            }
+            (Phase::Reconnecting, Event::Connected) => self.connected_again(&mut out),
+            // Late words: the new connections have not been listened to yet.
+            (Phase::Reconnecting, Event::Target(_)) => {}
+            (Phase::Resuming, Event::Target(TargetMsg::Resumed(arrived))) if !self.restoring => {
+                self.restoring = true;
+                out.push(Action::Restore(arrived));
+            }
+            (Phase::Reconnecting | Phase::Resuming, Event::Restored { lost, bytes }) => {
+                self.take_back(&lost, bytes);
+                if std::mem::take(&mut self.restoring) {
+                    self.go_on(now, &mut out);
+                }
+            }
+            (Phase::Reconnecting | Phase::Resuming, Event::LoggingStarted { resident }) => {
+                self.stats.skipped_pages = resident.pages() - resident.len();
+                self.to_send = resident;
+                self.course = Course::Held;
+            }
+            (Phase::Reconnecting | Phase::Resuming, Event::Dirty(dirty)) => {
+                self.to_send.merge(&dirty);
+                self.course = Course::Held;
+            }
+            // Of a batch that was under way: it counts as sent, and what of it has not arrived comes back.
+            (Phase::Reconnecting | Phase::Resuming, Event::BatchSent { bytes, zero_pages }) => {
+                self.count_batch(bytes, zero_pages);
             }
             (Phase::Setup, Event::Target(TargetMsg::Ready)) => {
                 self.phase = Phase::Mirror;
@@ -357,9 +447,7 @@ impl Source {
             (Phase::PreCopy | Phase::FinalPages, Event::BatchSent { bytes, zero_pages }) => {
                 self.batches = self.batches.saturating_sub(1);
                 self.stats.round_done += self.batch_pages.pop_front().unwrap_or(0);
-                self.stats.sent_bytes += bytes;
-                self.stats.zero_pages += zero_pages;
-                self.round_bytes += bytes;
+                self.count_batch(bytes, zero_pages);
                 self.send(&mut out);
             }
             (Phase::PreCopy | Phase::FinalPages, Event::Target(TargetMsg::RoundAck { round, damaged })) => {
@@ -400,6 +488,8 @@ impl Source {
                 _,
                 Event::Journaled
                 | Event::Connected
+                | Event::GaveUp(_)
+                | Event::Restored { .. }
                 | Event::LoggingStarted { .. }
                 | Event::BatchSent { .. }
                 | Event::Dirty(_)
@@ -421,23 +511,110 @@ impl Source {
             self.marks,
             self.stats,
             self.precopy.round(),
+            self.reconnects,
             self.allocated,
             self.load_us,
         )
     }
 
+    fn tell_setup(&self, out: &mut Vec<Action>) {
+        out.push(Action::Tell(SourceMsg::Setup {
+            ram_pages: self.plan.ram_pages.unwrap_or(0),
+            disks: self.plan.disks.clone(),
+            audit: self.plan.audit,
+        }));
+    }
+
+    fn link_lost(&mut self, now: Micros, why: String, out: &mut Vec<Action>) {
+        self.connected = false;
+        if self.reconnects >= MAX_RECONNECTS {
+            let reason = format!(
+                "the connection to the target was lost once more after {} times: {why}",
+                self.reconnects
+            );
+            return self.abort(reason, false, out);
+        }
+        if self.phase != Phase::Resuming {
+            self.lost = (self.phase, now, why);
+        }
+        self.phase = Phase::Reconnecting;
+        self.restoring = false;
+        self.batches = 0;
+        self.batch_pages.clear();
+        if self.course == Course::Ending {
+            // The acknowledgement may be lost as well: the round's end is sent, and answered, again.
+            self.course = Course::Sending;
+        }
+        out.push(Action::Reconnect);
+    }
+
+    fn connected_again(&mut self, out: &mut Vec<Action>) {
+        self.connected = true;
+        self.reconnects += 1;
+        if self.lost.0 == Phase::Setup {
+            // The target has not said, or not been heard to say, that it is ready: nothing was sent yet.
+            self.phase = Phase::Setup;
+            self.tell_setup(out);
+        } else {
+            self.phase = Phase::Resuming;
+            out.push(Action::Tell(SourceMsg::Resume));
+        }
+    }
+
+    fn take_back(&mut self, lost: &PageSet, bytes: u64) {
+        self.stats.sent_bytes += bytes;
+        self.round_bytes += bytes;
+        if self.plan.ram_pages.is_some() {
+            self.to_send.merge(lost);
+        }
+    }
+
+    /// Goes on in the phase in which the connections were lost.
+    fn go_on(&mut self, now: Micros, out: &mut Vec<Action>) {
+        let (phase, since, _) = self.lost;
+        self.phase = phase;
+        if phase == Phase::Mirror {
+            // Mirrors that had nothing to do may have said so already.
+            if self.in_sync() {
+                self.synced(now, out);
+            }
+            return;
+        }
+        match self.course {
+            Course::Sending => {
+                // The time without a connection says nothing about the speed of the stream.
+                self.round_began += now.saturating_sub(since);
+                self.stats.round_done = self.stats.round_pages.saturating_sub(self.to_send.len());
+                self.send(out);
+            }
+            Course::Held if self.in_sync() => self.begin_round(now, out),
+            Course::Held | Course::Logging | Course::Ending | Course::Collecting => {}
+        }
+    }
+
+    fn count_batch(&mut self, bytes: u64, zero_pages: u64) {
+        self.stats.sent_bytes += bytes;
+        self.stats.zero_pages += zero_pages;
+        self.round_bytes += bytes;
+    }
+
     fn disk(&mut self, index: usize, state: DiskState, now: Micros, out: &mut Vec<Action>) {
         let Some(slot) = self.disks.get_mut(index) else { return };
         *slot = state;
-        let all = |s: DiskState, disks: &[DiskState]| disks.iter().all(|d| *d == s);
         if state == DiskState::Failed {
             let name = self.plan.disks[index].name.clone();
             self.abort(format!("disk {name} cannot be copied to the target"), false, out);
-        } else if self.phase == Phase::Mirror && all(DiskState::Synced, &self.disks) {
+        } else if self.phase == Phase::Mirror && self.in_sync() {
             self.synced(now, out);
+        } else if self.phase == Phase::PreCopy && self.course == Course::Held && self.in_sync() {
+            self.begin_round(now, out);
         } else if self.phase == Phase::Draining {
             self.drained(now, out);
         }
+    }
+
+    fn in_sync(&self) -> bool {
+        self.disks.iter().all(|disk| *disk == DiskState::Synced)
     }
 
     /// All disks are in sync: memory next, or, without any to move, the switchover.
@@ -445,6 +622,7 @@ impl Source {
         if self.plan.ram_pages.is_some() {
             self.phase = Phase::PreCopy;
             self.logging = true;
+            self.course = Course::Logging;
             out.push(Action::StartLogging);
         } else {
             self.pause(now, out);
@@ -460,6 +638,7 @@ impl Source {
 
     fn begin_round(&mut self, now: Micros, out: &mut Vec<Action>) {
         self.precopy.begin_round();
+        self.course = Course::Sending;
         self.round_began = now;
         self.round_bytes = 0;
         self.stats.round_pages = self.to_send.len();
@@ -476,14 +655,14 @@ impl Source {
             out.push(Action::SendPages(ranges));
         }
         if self.batches == 0 && self.to_send.is_empty() {
-            self.awaiting_ack = true;
+            self.course = Course::Ending;
             out.push(Action::EndRound(self.precopy.round()));
         }
     }
 
     fn round_acked(&mut self, now: Micros, round: u32, damaged: &[PageRange], out: &mut Vec<Action>) {
         // A second answer to one round would collect, and so forget, what turned dirty meanwhile.
-        if round != self.precopy.round() || !std::mem::take(&mut self.awaiting_ack) {
+        if round != self.precopy.round() || self.course != Course::Ending {
             return self.abort(format!("the target acknowledged round {round} out of turn"), false, out);
         }
         if round == 1 {
@@ -498,6 +677,7 @@ impl Source {
         for range in damaged {
             self.damaged.insert(*range);
         }
+        self.course = Course::Collecting;
         if self.phase == Phase::PreCopy {
             out.push(Action::CollectDirty);
         } else if self.damaged.is_empty() {
@@ -522,10 +702,10 @@ impl Source {
         let elapsed = now.saturating_sub(self.round_began);
         let decision = self.precopy.after_round(self.round_bytes, elapsed, dirty.len());
         self.to_send.merge(&dirty);
-        let in_sync = self.disks.iter().all(|d| *d == DiskState::Synced);
         match decision {
-            Decision::Switch if in_sync => self.pause(now, out),
-            Decision::Again | Decision::Switch => self.begin_round(now, out),
+            Decision::Again | Decision::Switch if !self.in_sync() => self.course = Course::Held,
+            Decision::Switch => self.pause(now, out),
+            Decision::Again => self.begin_round(now, out),
             Decision::Stalled { dirty_rate, link_rate, needed_ms } => self.abort(
                 format!(
                     "memory does not converge: it turns dirty at {} MiB/s, the link takes {} MiB/s, and a switch would need \
@@ -630,5 +810,7 @@ fn name_of(message: &TargetMsg) -> &'static str {
         TargetMsg::Prepared { .. } => "Prepared",
         TargetMsg::Refused { .. } => "Refused",
         TargetMsg::Running { .. } => "Running",
+        TargetMsg::Resumed(_) => "Resumed",
+        TargetMsg::PagesAck { .. } => "PagesAck",
     }
 }

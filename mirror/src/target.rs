@@ -2,14 +2,18 @@
 //!
 //! ```text
 //! Arriving -> Receiving -> Loading -> Proving -> Preparing -> Prepared -> Owning -> Running
-//!   before Prepared: a lost link, an abort or a failure -> Discarding -> Discarded
-//!   Prepared and the link lost -> Undecided, until the source's word is known
+//!   Arriving, Receiving: the connections lost -> Waiting -> back, when the source has called again
+//!   before Prepared: an abort or a failure, a connection lost while Loading or later -> Discarding -> Discarded
+//!   Prepared and the connection lost -> Undecided, until the source's word is known
 //! ```
+//! Connections are lost and made all together, as at the source. The driver answers [`Action::Await`] with [`Event::Linked`] only when
+//! nothing of the old ones can post an event or change memory or images any more: what it says has arrived then stays so. It gives the
+//! source some time ([`Event::Failed`]) and no more: a source that has gone on alone need not be able to say so.
 //! Lives here: what must be true before this side may say "prepared", own and run. Never enters: images, memory, KVM, asking agents.
 
 use crate::{
     journal::{DiskAt, MoveId, Record, Verdict},
-    wire::control::{DiskSetup, Proof, SourceMsg, TargetMsg},
+    wire::control::{Arrived, DiskSetup, Proof, SourceMsg, TargetMsg},
 };
 
 /// What was agreed between the agents before the source connects.
@@ -30,12 +34,14 @@ pub struct TargetPlan {
 }
 
 /// Where the engine stands.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Phase {
     /// Images are being made; the source has not said what will come.
     Arriving,
     /// Pages and blocks arrive.
     Receiving,
+    /// The connections are lost; what has arrived is kept, and the source is expected to call again.
+    Waiting,
     /// The state is being loaded.
     Loading,
     /// Disks are flushed, locked and stamped, digests made.
@@ -65,6 +71,8 @@ pub enum Event {
     JournalFailed(String),
     /// Images and memory are there.
     ImagesReady,
+    /// The source has called in all roles, for the first time or again; no event of earlier connections comes after this.
+    Linked(Arrived),
     /// The source spoke.
     Source(SourceMsg),
     /// The state has been loaded and its checks passed.
@@ -98,6 +106,9 @@ pub enum Action {
     Journal(Record),
     /// Make images with the source's structure, stamped as incoming; answer [`Event::ImagesReady`].
     MakeImages,
+    /// End what is left of the connections, keep everything that has arrived, and let the source call again for some time; answer
+    /// [`Event::Linked`] or [`Event::Failed`].
+    Await,
     /// Send on the control connection.
     Tell(TargetMsg),
     /// Load the state (untrusted); answer [`Event::Loaded`].
@@ -132,6 +143,12 @@ pub struct Target {
     loaded: bool,
     answer: Option<TargetMsg>,
     connected: bool,
+    /// The source has not said anything on these connections yet.
+    fresh: bool,
+    /// What had arrived when they were made.
+    arrived: Arrived,
+    /// The phase in which the last ones were lost.
+    lost_in: Phase,
     refused: Option<String>,
 }
 
@@ -153,7 +170,10 @@ impl Target {
             expected: None,
             loaded: false,
             answer: None,
-            connected: true,
+            connected: false,
+            fresh: false,
+            arrived: Arrived::default(),
+            lost_in: Phase::Arriving,
             refused: None,
         };
         (this, vec![Action::Journal(incoming)])
@@ -213,6 +233,23 @@ impl Target {
             }
             (Phase::Prepared | Phase::Undecided, _) => {}
 
+            (Phase::Arriving | Phase::Receiving, Event::LinkLost(_)) if self.connected => {
+                self.connected = false;
+                self.lost_in = self.phase;
+                // A source that has not heard that this side is ready says again what will come.
+                self.setup = false;
+                self.phase = Phase::Waiting;
+                out.push(Action::Await);
+            }
+            (Phase::Arriving | Phase::Receiving | Phase::Waiting, Event::LinkLost(_)) => {}
+            (Phase::Arriving | Phase::Waiting, Event::Linked(arrived)) if !self.connected => {
+                if self.phase == Phase::Waiting {
+                    self.phase = self.lost_in;
+                }
+                self.connected = true;
+                self.fresh = true;
+                self.arrived = arrived;
+            }
             (_, Event::LinkLost(why)) => {
                 self.connected = false;
                 self.discard(format!("the connection to the source was lost: {why}"), &mut out);
@@ -224,12 +261,21 @@ impl Target {
             (_, Event::Source(SourceMsg::Abort { reason })) => {
                 self.discard(format!("the source gave up: {reason}"), &mut out);
             }
-            (Phase::Arriving, Event::Journaled) => out.push(Action::MakeImages),
-            (Phase::Arriving, Event::ImagesReady) => {
+            (Phase::Arriving | Phase::Waiting, Event::Journaled) => out.push(Action::MakeImages),
+            (Phase::Arriving | Phase::Waiting, Event::ImagesReady) => {
                 self.images_ready = true;
                 self.begin(&mut out);
             }
-            (Phase::Arriving, Event::Source(SourceMsg::Setup { ram_pages, disks, audit })) => {
+            // Late words: the new connections have not been listened to yet.
+            (Phase::Waiting, Event::Source(_)) => {}
+            (
+                Phase::Arriving | Phase::Receiving,
+                Event::Source(SourceMsg::Setup { ram_pages, disks, audit }),
+            ) if self.fresh => {
+                self.fresh = false;
+                if self.has_arrived() {
+                    return self.refused("the source begins anew after it had begun", out);
+                }
                 if ram_pages != self.plan.ram_pages || disks != self.plan.disks {
                     return self.refused("RAM size or disks differ from what was agreed", out);
                 }
@@ -237,7 +283,11 @@ impl Target {
                 self.setup = true;
                 self.begin(&mut out);
             }
-            (Phase::Receiving, Event::Source(SourceMsg::State(bytes))) => {
+            (Phase::Receiving, Event::Source(SourceMsg::Resume)) if self.fresh => {
+                self.fresh = false;
+                out.push(Action::Tell(TargetMsg::Resumed(self.arrived.clone())));
+            }
+            (Phase::Receiving, Event::Source(SourceMsg::State(bytes))) if !self.fresh => {
                 self.phase = Phase::Loading;
                 out.push(Action::LoadState(bytes));
             }
@@ -275,6 +325,7 @@ impl Target {
                 _,
                 Event::Journaled
                 | Event::ImagesReady
+                | Event::Linked(_)
                 | Event::Loaded
                 | Event::Proved { .. }
                 | Event::Resumed { .. }
@@ -282,6 +333,10 @@ impl Target {
             ) => {}
         }
         out
+    }
+
+    fn has_arrived(&self) -> bool {
+        self.arrived.frames > 0 || self.arrived.operations.iter().any(|operations| *operations > 0)
     }
 
     fn begin(&mut self, out: &mut Vec<Action>) {

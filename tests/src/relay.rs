@@ -351,7 +351,7 @@ mod tests {
         relay.flip(Role::Pages(0), Hello::BYTES as u64 + 1);
         let say = |role| {
             let mut stream = call(&relay, to);
-            let hello = Hello::new(role, [0; 16]).encode();
+            let hello = Hello::new(role, [0; 16], 1).encode();
             for byte in hello {
                 answer(&mut stream, byte).unwrap();
             }

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use vmove::api::types::{HostInfo, Offer, VmState};
 use vmove_compute::process::protocol::Listening;
-use vmove_mirror::wire::hello::{Hello, HelloAnswer, Role};
+use vmove_mirror::wire::hello::{Hello, HelloAnswer, Role, VERSION};
 use vmove_tests::cluster::Cluster;
 use vmove_tests::console::Console;
 use vmove_tests::guest::{DISK, Spec, VM};
@@ -280,8 +280,8 @@ fn strangers_at_the_data_port(words: &[&str], plain: bool) {
     cluster.stops.reached(point);
     let listening = listening(&cluster);
     let address = (listening.ip.as_str(), listening.port);
-    let right = Hello::new(Role::Control, ticket(&listening));
-    let wrong_ticket = Hello::new(Role::Control, [0; 16]).encode();
+    let right = Hello::new(Role::Control, ticket(&listening), 1);
+    let wrong_ticket = Hello::new(Role::Control, [0; 16], 1).encode();
     let other_version = Hello { min_version: 900, max_version: 999, ..right.clone() }.encode();
     let other_role = Hello { role: Role::Pages(200), ..right.clone() }.encode();
     let answers = [
@@ -352,10 +352,10 @@ fn a_source_that_talks_rubbish() {
         let call = |role| {
             let mut link = TcpStream::connect((listening.ip.as_str(), listening.port)).unwrap();
             link.set_read_timeout(Some(Duration::from_mins(1))).unwrap();
-            link.write_all(&Hello::new(role, ticket).encode()).unwrap();
+            link.write_all(&Hello::new(role, ticket, 1).encode()).unwrap();
             let mut answer = [0; HelloAnswer::BYTES];
             link.read_exact(&mut answer).unwrap();
-            assert_eq!(HelloAnswer::decode(&answer).unwrap(), 1);
+            assert_eq!(HelloAnswer::decode(&answer).unwrap(), VERSION);
             link
         };
         let links = [Role::Control, Role::Pages(0), Role::Disk(0)].map(call);

@@ -212,7 +212,7 @@ pub fn call(
         }
     };
     let (link, ()) = link.exchange(|sender, receiver| {
-        sender.send(&[&Hello::new(role, ticket.0).encode()]).map_err(MoveError::io(&what))?;
+        sender.send(&[&Hello::new(role, ticket.0, 1).encode()]).map_err(MoveError::io(&what))?;
         let mut answer = [0; HelloAnswer::BYTES];
         receiver.receive(&mut answer).map_err(MoveError::io(format!("{what}: hello")))?;
         HelloAnswer::decode(&answer).map_err(MoveError::wire(&what)).map(|_| ())

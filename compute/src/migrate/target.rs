@@ -19,7 +19,7 @@ use vmove_mirror::{
     journal::MoveId,
     target::{Action, Event, Target, TargetPlan},
     wire::{
-        control::{self, Counters, DiskSetup, Proof, SourceMsg, TargetMsg},
+        control::{self, Arrived, Counters, DiskSetup, Proof, SourceMsg, TargetMsg},
         frame::Kind,
         hello::Role,
     },
@@ -201,6 +201,7 @@ impl Driver {
                 let made = self.make();
                 self.answer(made.map(|()| Event::ImagesReady));
             }
+            Action::Await => self.post(Event::Failed("the connection to the source was lost".into())),
             Action::Tell(message) => self.tell(&message),
             Action::LoadState(bytes) => {
                 let began = Instant::now();
@@ -257,6 +258,8 @@ impl Driver {
         let mut roles = vec![Role::Control, Role::Pages(0)];
         roles.extend((0..self.disks.len()).map(|i| Role::Disk(i as u8)));
         let mut links = task.listener.accept(&roles, CONNECT)?;
+        // Before anything that comes over them.
+        self.post(Event::Linked(Arrived::default()));
         let mut take = |role| {
             links.remove(&role).ok_or_else(|| MoveError::Machine(format!("{role:?} was not connected")))
         };
@@ -416,9 +419,11 @@ fn name(action: &Action) -> &'static str {
         Action::Journal(Record::Owner { .. }) => "journal-owner",
         Action::Journal(_) => "journal-aborted",
         Action::MakeImages => "make-images",
+        Action::Await => "await",
         Action::Tell(TargetMsg::Ready) => "tell-ready",
         Action::Tell(TargetMsg::Prepared { .. }) => "tell-prepared",
         Action::Tell(TargetMsg::Running { .. }) => "tell-running",
+        Action::Tell(TargetMsg::Resumed(_)) => "tell-resumed",
         Action::Tell(_) => "tell-refused",
         Action::LoadState(_) => "load-state",
         Action::Prove { .. } => "prove",

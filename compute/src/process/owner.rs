@@ -590,7 +590,7 @@ fn verdict(shared: &Shared, id: &MoveId) -> Verdict {
         let state = shared.lock();
         match &state.moving {
             Some((_, events)) => {
-                let _ = events.send(source::Event::LinkLost("the target has asked how it ended".into()));
+                let _ = events.send(source::Event::Failed("the target has asked how it ended".into()));
             }
             None if end_dangling(shared).is_ok() => return Verdict::Aborted,
             None => {}

@@ -2,11 +2,15 @@
 //!
 //! ```text
 //! Bulk -> Synced -> Draining -> Drained          Degraded: back to Bulk
+//!   the connection is lost -> Degraded (away) -> another connection -> Bulk
 //! ```
 //! A target image starts empty. Chunks that hold data at the source are dirty and are copied in the background; a guest write to a
 //! clean chunk goes to both images at once, one to a dirty chunk stays local, since the copy will carry it. Two operations on
 //! overlapping ranges never are in flight together, so both images see them in one order. The copy goes on while guest writes are
 //! in flight, else it would never end under load.
+//! While the target is away the guest goes on alone: what it writes turns dirty, as does everything whose answer has not come, since it
+//! may or may not have been done. Nothing of that is sent twice but what was in flight. The driver says that the target is back only
+//! once nothing of the old connection can be applied any more, else an old operation could overtake a new one.
 //! Lives here: which range is copied, mirrored, waited for. Never enters: data, images, sockets.
 
 mod claims;
@@ -120,7 +124,14 @@ pub enum Event {
         /// Whether it was done.
         done: bool,
     },
-    /// The connection to the target is gone.
+    /// The connection to the target is gone, and another one is hoped for.
+    TargetAway,
+    /// There is another connection, and the target has this many operations, done or failed; none is in flight there.
+    TargetBack {
+        /// How many: also the number of the last one.
+        arrived: u64,
+    },
+    /// The target is given up.
     TargetLost,
     /// No guest operation will come any more (the queue is paused): finish, flush the target.
     Drain,
@@ -179,7 +190,7 @@ pub enum State {
     Bulk,
     /// The target's image equals the source's, and stays so.
     Synced,
-    /// The target failed an operation; its chunks are dirty again.
+    /// The target failed an operation, or cannot be reached; its chunks are dirty again.
     Degraded,
     /// No guest operation is in flight or will come; the rest is being copied and flushed.
     Draining,
@@ -238,10 +249,14 @@ pub struct BlockMirror {
     sent: BTreeMap<u64, OpId>,
     flush: Option<u64>,
     next_seq: u64,
+    /// Highest number the target has answered.
+    answered: u64,
     next_copy: u64,
     cursor: u64,
     mapped: bool,
     draining: bool,
+    /// There is no connection to the target.
+    away: bool,
     failures: u32,
     stats: Stats,
 }
@@ -261,10 +276,12 @@ impl BlockMirror {
             sent: BTreeMap::new(),
             flush: None,
             next_seq: 1,
+            answered: 0,
             next_copy: 1,
             cursor: 0,
             mapped: false,
             draining: false,
+            away: false,
             failures: 0,
             stats: Stats::default(),
         }
@@ -312,7 +329,11 @@ impl BlockMirror {
                     self.finish_copy(id, &mut out);
                 }
             }
+            // Late: what it answers has been taken back already.
+            Event::Acked { .. } if self.away => {}
             Event::Acked { seq, done } => self.acked(seq, done, &mut out),
+            Event::TargetAway => self.target_away(&mut out),
+            Event::TargetBack { arrived } => self.target_back(arrived, &mut out),
             Event::TargetLost => self.give_up(&mut out),
             Event::Drain => {
                 self.draining = true;
@@ -330,7 +351,9 @@ impl BlockMirror {
         let (op, offset, len) = (guest.op, guest.offset, guest.len);
         let chunks = chunks(offset, len);
         let all_dirty = (chunks.first..chunks.first + chunks.count).all(|c| self.dirty.contains(c));
-        if self.state != State::Failed && !all_dirty && len > 0 {
+        if self.away && self.state != State::Failed {
+            self.soil(offset, len);
+        } else if self.state != State::Failed && !all_dirty && len > 0 {
             let seq = self.next_seq;
             self.next_seq += 1;
             guest.unacked = Some(seq);
@@ -362,7 +385,11 @@ impl BlockMirror {
             return;
         }
         let mut sends = 0;
-        if self.state != State::Failed {
+        if self.away
+            && let Some(copy) = self.copies.get_mut(&id)
+        {
+            copy.failed = true;
+        } else if self.state != State::Failed {
             for piece in pieces {
                 let range = chunks(piece.offset, piece.len);
                 let op = match piece.content {
@@ -408,6 +435,9 @@ impl BlockMirror {
     }
 
     fn acked(&mut self, seq: u64, done: bool, out: &mut Vec<Action>) {
+        if seq < self.next_seq {
+            self.answered = self.answered.max(seq);
+        }
         if self.flush == Some(seq) {
             self.flush = None;
             if done && self.quiet() && self.dirty.is_empty() {
@@ -456,6 +486,41 @@ impl BlockMirror {
     /// The guest goes on alone: nothing waits for the target any more.
     fn give_up(&mut self, out: &mut Vec<Action>) {
         self.report(State::Failed, out);
+        self.let_go(out);
+    }
+
+    /// The guest goes on alone for the time being. Whatever is unanswered may or may not have been done: its chunks are dirty.
+    fn target_away(&mut self, out: &mut Vec<Action>) {
+        if self.away || self.state == State::Failed {
+            return;
+        }
+        self.away = true;
+        self.report(State::Degraded, out);
+        let unanswered: Vec<(u64, u64)> =
+            self.guests.values().filter(|g| g.unacked.is_some()).map(|g| (g.offset, g.len)).collect();
+        for (offset, len) in unanswered {
+            self.soil(offset, len);
+        }
+        for copy in self.copies.values_mut() {
+            copy.failed |= copy.unacked.is_some();
+        }
+        self.let_go(out);
+    }
+
+    fn target_back(&mut self, arrived: u64, out: &mut Vec<Action>) {
+        if self.state == State::Failed {
+            return;
+        }
+        if !self.away || arrived < self.answered || arrived >= self.next_seq {
+            return self.give_up(out);
+        }
+        self.away = false;
+        self.next_seq = arrived + 1;
+        self.report(if self.draining { State::Draining } else { State::Bulk }, out);
+    }
+
+    /// Waits for no answer any more.
+    fn let_go(&mut self, out: &mut Vec<Action>) {
         self.sent.clear();
         self.flush = None;
         let guests: Vec<u64> = self.guests.keys().copied().collect();
@@ -485,7 +550,7 @@ impl BlockMirror {
 
     /// Starts copies, reports sync, flushes at the end.
     fn pump(&mut self, out: &mut Vec<Action>) {
-        if self.state == State::Failed {
+        if self.state == State::Failed || self.away {
             return;
         }
         let mut skipped = Vec::new();

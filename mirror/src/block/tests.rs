@@ -1,4 +1,4 @@
-//! The mirror against a model: two disks of sectors, completions in any order, failures; equal at the end.
+//! The mirror against a model: two disks of sectors, completions in any order, failures, lost connections; equal at the end.
 
 use std::collections::BTreeMap;
 
@@ -28,6 +28,12 @@ struct World {
     /// Wire operations still to fail.
     failing: u32,
     state: State,
+    /// Highest wire number ever sent on this connection or the ones before.
+    sent: u64,
+    /// Highest that was answered.
+    answered: u64,
+    /// Sectors sent with data.
+    sectors_sent: u64,
 }
 
 impl World {
@@ -43,6 +49,9 @@ impl World {
             issued: 0,
             failing,
             state: State::Bulk,
+            sent: 0,
+            answered: 0,
+            sectors_sent: 0,
         };
         let allocated: Vec<u64> =
             (0..world.source.len() as u64).filter(|s| world.source[*s as usize] != 0).collect();
@@ -67,6 +76,11 @@ impl World {
                             data[from..from + (len / SECTOR) as usize].to_vec()
                         }
                     };
+                    assert_eq!(seq, self.sent + 1, "numbers without gaps");
+                    self.sent = seq;
+                    if matches!(op, BlockOp::Write { .. }) {
+                        self.sectors_sent += data.len() as u64;
+                    }
                     self.pending.push(Pending::Wire { seq, op, offset, data });
                 }
                 Action::Finish { id, ok } => {
@@ -109,16 +123,45 @@ impl World {
                 self.step(Event::CopyRead { id, pieces });
             }
             Pending::Wire { seq, op, offset, data } => {
-                let done = self.failing == 0 || op == BlockOp::Flush;
-                let from = (offset / SECTOR) as usize;
-                for (i, value) in data.iter().enumerate() {
-                    // A failed operation leaves anything behind.
-                    self.target[from + i] = if done { *value } else { 7 };
-                }
-                self.failing = self.failing.saturating_sub(u32::from(!done));
+                let done = self.apply(op, offset, &data);
+                self.answered = self.answered.max(seq);
                 self.step(Event::Acked { seq, done });
             }
         }
+    }
+
+    fn apply(&mut self, op: BlockOp, offset: u64, data: &[u32]) -> bool {
+        let done = self.failing == 0 || op == BlockOp::Flush;
+        let from = (offset / SECTOR) as usize;
+        for (i, value) in data.iter().enumerate() {
+            // A failed operation leaves anything behind.
+            self.target[from + i] = if done { *value } else { 7 };
+        }
+        self.failing = self.failing.saturating_sub(u32::from(!done));
+        done
+    }
+
+    /// The connection is lost. What is on its way: one part had arrived and is applied, its answers lost; the rest is gone. Gives how
+    /// many operations the target has.
+    fn cut(&mut self, choice: usize) -> u64 {
+        let arrived = self.answered + choice as u64 % (self.sent - self.answered + 1);
+        let pending = std::mem::take(&mut self.pending);
+        for pending in pending {
+            match pending {
+                Pending::Wire { seq, op, offset, data } if seq <= arrived => {
+                    self.apply(op, offset, &data);
+                }
+                Pending::Wire { .. } => {}
+                other => self.pending.push(other),
+            }
+        }
+        self.step(Event::TargetAway);
+        arrived
+    }
+
+    fn reconnect(&mut self, arrived: u64) {
+        (self.sent, self.answered) = (arrived, arrived);
+        self.step(Event::TargetBack { arrived });
     }
 
     fn run_out(&mut self, mut order: impl FnMut(usize) -> usize) {
@@ -152,6 +195,53 @@ proptest! {
                 _ => world.complete(choice % world.pending.len()),
             }
             last = choice;
+        }
+        world.step(Event::Drain);
+        world.run_out(|n| { last = last.wrapping_mul(6364136223846793005).wrapping_add(1); (last >> 33) % n });
+        prop_assert_eq!(world.state, State::Drained);
+        prop_assert_eq!(&world.source, &world.target);
+        prop_assert_eq!(world.finished.len() as u64, world.issued);
+    }
+
+    /// The connection is lost and made again, over and over, while the guest goes on.
+    #[test]
+    fn lost_connections_leave_no_difference(
+        source in proptest::collection::vec(0u32..3, (SIZE / SECTOR) as usize),
+        ops in proptest::collection::vec((0u8..9, 0..SIZE / SECTOR, 1u64..9, any::<usize>()), 0..200),
+        failing in 0u32..3,
+    ) {
+        let mut world = World::new(source, failing);
+        let (mut last, mut away) = (0, None);
+        for (kind, sector, count, choice) in ops {
+            match (kind, away) {
+                (0, _) => world.guest(GuestOp::Write, sector, count),
+                (1, _) => world.guest(GuestOp::Discard, sector, count),
+                (2, _) => world.guest(GuestOp::Zero, sector, count),
+                (3, None) if choice % 3 == 0 => away = Some(world.cut(choice / 3)),
+                (3, Some(arrived)) => {
+                    world.reconnect(arrived);
+                    away = None;
+                }
+                _ if world.pending.is_empty() => {}
+                _ => world.complete(choice % world.pending.len()),
+            }
+            if away.is_some() {
+                let sent = world.pending.iter().any(|p| matches!(p, Pending::Wire { .. }));
+                prop_assert!(!sent, "nothing is sent to a target that is away");
+            }
+            last = choice;
+        }
+        if let Some(arrived) = away {
+            // Nobody waits for a target that is away.
+            let mut waiting = world.pending.iter().filter(|p| matches!(p, Pending::Local(_))).count();
+            while waiting > 0 {
+                let index = world.pending.iter().position(|p| matches!(p, Pending::Local(_))).unwrap();
+                world.complete(index);
+                waiting = world.pending.iter().filter(|p| matches!(p, Pending::Local(_))).count();
+            }
+            world.run_out(|_| 0);
+            prop_assert_eq!(world.finished.len() as u64, world.issued);
+            world.reconnect(arrived);
         }
         world.step(Event::Drain);
         world.run_out(|n| { last = last.wrapping_mul(6364136223846793005).wrapping_add(1); (last >> 33) % n });
@@ -215,4 +305,49 @@ fn guest_writes_to_chunks_not_yet_copied_are_not_sent_twice() {
     world.run_out(|_| 0);
     world.guest(GuestOp::Write, 0, 1);
     assert_eq!(world.mirror.stats().mirrored_bytes, SECTOR);
+}
+
+#[test]
+fn nothing_is_sent_twice_but_what_was_in_flight() {
+    let sectors = SIZE / SECTOR;
+    let mut world = World::new(vec![1; sectors as usize], 0);
+    // All copies that may be in flight at once are, and of none of them an answer has come.
+    while let Some(read) = world.pending.iter().position(|p| matches!(p, Pending::Read(..))) {
+        world.complete(read);
+    }
+    let in_flight = world.sectors_sent;
+    assert!(in_flight > 0);
+    let arrived = world.cut(0);
+    world.guest(GuestOp::Write, 0, 1);
+    world.run_out(|_| 0);
+    world.reconnect(arrived);
+    world.run_out(|_| 0);
+    assert_eq!((world.state, world.sectors_sent), (State::Synced, sectors + in_flight));
+    assert_eq!(world.source, world.target);
+
+    // In sync and idle, a lost connection costs nothing, and a write meanwhile its chunk.
+    let arrived = world.cut(0);
+    assert_eq!(world.state, State::Degraded);
+    world.reconnect(arrived);
+    assert_eq!((world.state, world.sectors_sent), (State::Synced, sectors + in_flight));
+    let arrived = world.cut(0);
+    world.guest(GuestOp::Write, 3, 1);
+    world.run_out(|_| 0);
+    assert_eq!(world.finished, [1, 2]);
+    world.reconnect(arrived);
+    world.run_out(|_| 0);
+    let chunk = CHUNK_BYTES / SECTOR;
+    assert_eq!((world.state, world.sectors_sent), (State::Synced, sectors + in_flight + chunk));
+    assert_eq!(world.source, world.target);
+}
+
+#[test]
+fn a_target_that_counts_wrong_is_given_up() {
+    for wrong in [-1, 1] {
+        let mut world = World::new(vec![1; (SIZE / SECTOR) as usize], 0);
+        world.run_out(|_| 0);
+        let arrived = world.cut(0);
+        world.step(Event::TargetBack { arrived: arrived.checked_add_signed(wrong).unwrap() });
+        assert_eq!(world.state, State::Failed);
+    }
 }

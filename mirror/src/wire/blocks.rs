@@ -26,7 +26,7 @@ pub enum BlockOp {
 /// One operation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct BlockHead {
-    /// Number on this connection, from 1; acknowledgements name it.
+    /// Number on this disk's stream, from 1, without gaps; goes on over new connections. Acknowledgements name it.
     pub seq: u64,
     /// What to do.
     pub op: BlockOp,

@@ -38,6 +38,15 @@ pub struct Proof {
     pub audit: Option<[u8; 32]>,
 }
 
+/// How far the target has got when it is called anew. Nothing of older connections is being applied any more.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Arrived {
+    /// Whole frames of pages.
+    pub frames: u64,
+    /// Block operations of each copied disk, in the order of their connections.
+    pub operations: Vec<u64>,
+}
+
 /// From the source.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum SourceMsg {
@@ -66,6 +75,8 @@ pub enum SourceMsg {
         /// Why.
         reason: String,
     },
+    /// First message on new connections, once the first ones had come as far as [`TargetMsg::Ready`]: say what has arrived.
+    Resume,
 }
 
 /// From the target.
@@ -98,6 +109,13 @@ pub enum TargetMsg {
     Running {
         /// Microseconds from the commit's arrival to the guest's first instruction.
         resume_us: u64,
+    },
+    /// To [`SourceMsg::Resume`].
+    Resumed(Arrived),
+    /// On a page stream: so many frames of pages have arrived on it in this move, on all its connections.
+    PagesAck {
+        /// How many.
+        frames: u64,
     },
 }
 

@@ -7,9 +7,11 @@ use super::WireError;
 /// Protocol versions, one line each on what changed.
 ///
 /// 1: first version.
-pub const VERSION: u16 = 1;
+/// 2: connections are numbered, page frames acknowledged, block operations counted, so that a move goes on after its connections were
+/// lost. A side that does not count along cannot be gone on with, and version 1 was never released, so it is not spoken any more.
+pub const VERSION: u16 = 2;
 /// Oldest version still spoken.
-pub const MIN_VERSION: u16 = 1;
+pub const MIN_VERSION: u16 = 2;
 
 const MAGIC: [u8; 6] = *b"VMOVE\0";
 
@@ -35,6 +37,9 @@ pub struct Hello {
     pub role: Role,
     /// One-time secret the target gave to the source through the agents.
     pub ticket: [u8; 16],
+    /// Which set of connections of the move this one belongs to, from 1; the source makes a new set when it has lost one. A target
+    /// takes none that is older than one it has seen, so that a late connection is never taken for a new one.
+    pub epoch: u32,
 }
 
 impl Hello {
@@ -42,11 +47,13 @@ impl Hello {
     pub const BYTES: usize = 32;
 
     /// With this build's versions.
-    pub fn new(role: Role, ticket: [u8; 16]) -> Self {
-        Self { min_version: MIN_VERSION, max_version: VERSION, role, ticket }
+    pub fn new(role: Role, ticket: [u8; 16], epoch: u32) -> Self {
+        Self { min_version: MIN_VERSION, max_version: VERSION, role, ticket, epoch }
     }
 
-    /// `magic 6 | min u16 | max u16 | role u8 | index u8 | ticket 16 | zero 4`, little endian.
+    /// `magic 6 | min u16 | max u16 | role u8 | index u8 | ticket 16 | epoch u32`, little endian.
+    ///
+    /// Version 1 had zeroes in place of the epoch.
     pub fn encode(&self) -> [u8; Self::BYTES] {
         let mut out = [0; Self::BYTES];
         out[..6].copy_from_slice(&MAGIC);
@@ -58,6 +65,7 @@ impl Hello {
             Role::Disk(i) => (2, i),
         };
         out[12..28].copy_from_slice(&self.ticket);
+        out[28..].copy_from_slice(&self.epoch.to_le_bytes());
         out
     }
 
@@ -79,6 +87,7 @@ impl Hello {
             max_version: u16::from_le_bytes([bytes[8], bytes[9]]),
             role,
             ticket,
+            epoch: u32::from_le_bytes([bytes[28], bytes[29], bytes[30], bytes[31]]),
         })
     }
 
@@ -106,7 +115,7 @@ pub enum HelloAnswer {
     NoCommonVersion(u16, u16),
     /// Ticket unknown or used.
     BadTicket,
-    /// That role is not expected (any more).
+    /// That role is not expected (any more), or belongs to an older set of connections.
     BadRole,
 }
 
@@ -158,10 +167,16 @@ mod tests {
 
     #[test]
     fn hello_bytes_are_pinned() {
-        let hello = Hello { min_version: 1, max_version: 1, role: Role::Disk(3), ticket: [7; 16] };
-        let mut want = b"VMOVE\0\x01\0\x01\0\x02\x03".to_vec();
+        let hello = Hello {
+            min_version: 1,
+            max_version: 2,
+            role: Role::Disk(3),
+            ticket: [7; 16],
+            epoch: 0x0403_0201,
+        };
+        let mut want = b"VMOVE\0\x01\0\x02\0\x02\x03".to_vec();
         want.extend([7; 16]);
-        want.extend([0; 4]);
+        want.extend([1, 2, 3, 4]);
         assert_eq!(hello.encode().to_vec(), want);
         assert_eq!(Hello::decode(&hello.encode()).unwrap(), hello);
         assert_eq!(HelloAnswer::Accepted(1).encode().to_vec(), b"VMOVE\0\0\0\x01\0\0\0\0\0\0\0".to_vec());
@@ -169,13 +184,15 @@ mod tests {
 
     #[test]
     fn strangers_and_other_versions_are_named() {
-        let mut bytes = Hello::new(Role::Control, [0; 16]).encode();
+        let mut bytes = Hello::new(Role::Control, [0; 16], 1).encode();
         bytes[0] = b'X';
         assert_eq!(Hello::decode(&bytes), Err(WireError::BadMagic));
-        let newer = Hello { min_version: 9, max_version: 12, role: Role::Control, ticket: [0; 16] };
+        let newer = Hello { min_version: 9, max_version: 12, role: Role::Control, ticket: [0; 16], epoch: 1 };
         assert!(matches!(newer.negotiate(), Err(WireError::NoCommonVersion { theirs_min: 9, .. })));
         let overlapping = Hello { min_version: 1, max_version: 12, ..newer };
         assert_eq!(overlapping.negotiate(), Ok(VERSION));
+        let older = Hello { min_version: 1, max_version: 1, ..newer };
+        assert!(matches!(older.negotiate(), Err(WireError::NoCommonVersion { theirs_max: 1, .. })));
         let refused = HelloAnswer::NoCommonVersion(4, 5).encode();
         assert!(matches!(
             HelloAnswer::decode(&refused),

@@ -2,10 +2,12 @@
 //!
 //! ```text
 //! source                                   target
-//!   hello(role, versions, ticket)  ----->            one connection a role:
-//!                                  <-----  answer    control, page stream i, disk i
-//!   frame frame frame ...          <---->  frame ...
+//!   hello(role, versions, ticket, epoch)  ----->            one connection a role:
+//!                                         <-----  answer    control, page stream i, disk i
+//!   frame frame frame ...                 <---->  frame ...
 //! ```
+//! When any of these connections is lost before the pause, the source makes all of them anew under the next epoch, and the target says
+//! how many page frames and block operations it has: the move goes on from there ([`crate::ledger`]).
 //! A frame is `header | head | data`: the head is small, checksummed and decoded here; data is bulk (pages, blocks) that drivers
 //! move straight between guest memory or disk buffers and the socket. A new kind of frame, message or role is a new number under
 //! the next version; a receiver refuses numbers it does not know.

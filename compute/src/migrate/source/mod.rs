@@ -339,6 +339,8 @@ impl Driver {
                     Err(error) => self.post(Event::Failed(error.to_string())),
                 }
             }
+            Action::Reconnect => self.post(Event::GaveUp("this driver makes no connection anew".into())),
+            Action::Restore(_) => self.post(Event::Failed("this driver takes nothing back".into())),
             Action::Tell(message) => self.tell(&message),
             Action::StartMirrors => {
                 let started = self.start_mirrors();
@@ -533,9 +535,12 @@ fn name(action: &Action) -> &'static str {
         Action::Journal(Record::Committed { .. }) => "journal-committed",
         Action::Journal(_) => "journal-owner",
         Action::Connect => "connect",
+        Action::Reconnect => "reconnect",
+        Action::Restore(_) => "restore",
         Action::Tell(SourceMsg::Setup { .. }) => "tell-setup",
         Action::Tell(SourceMsg::State(_)) => "tell-state",
         Action::Tell(SourceMsg::Prepare(_)) => "tell-prepare",
+        Action::Tell(SourceMsg::Resume) => "tell-resume",
         Action::Tell(_) => "tell-abort",
         Action::StartMirrors => "start-mirrors",
         Action::StartLogging => "start-logging",
