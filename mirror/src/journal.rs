@@ -37,7 +37,7 @@ impl std::fmt::Display for MoveId {
 }
 
 /// Where one disk's image lies on this host.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct DiskAt {
     /// The disk's name.
     pub name: String,
@@ -158,7 +158,7 @@ pub enum JournalError {
 }
 
 /// What the records so far say of this host.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum Standing {
     /// Nothing is known of the VM here.
     Nothing,
@@ -230,7 +230,7 @@ pub enum Verdict {
 }
 
 /// The fold of all records.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Journal {
     standing: Standing,
     committed: Option<MoveId>,

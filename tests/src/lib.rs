@@ -11,6 +11,7 @@
 //! | [`processes`] | processes of a test, by their command lines |
 //! | [`peer`] | TLS connections of friends and strangers to an agent |
 //! | [`images`] | what `qemu-img` and the file system say of images |
+//! | [`model`] | the ownership rule in a world so small that every state of it is visited |
 //! | [`wait`], [`kvm`] | waiting for events; what this machine lacks |
 //!
 //! Never enters: short cuts into the product. What a test changes or asks goes through the command line, the sockets or the files
@@ -22,6 +23,7 @@ pub mod console;
 pub mod guest;
 pub mod images;
 pub mod kvm;
+pub mod model;
 pub mod peer;
 pub mod processes;
 pub mod relay;
