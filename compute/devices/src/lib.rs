@@ -1,8 +1,8 @@
-//! Device models of a virtual machine: a PCI bus, virtio devices on it, a serial port.
+//! Device models of a virtual machine: a PCI bus, virtio devices on it, a serial port, the power registers.
 //!
 //! What lives here: the registers a guest sees, the rings it shares, the threads that serve them, and their saved
-//! state. What never enters: KVM, sockets, migration protocols, policy. The VMM gives in two small traits,
-//! [`MsiSender`] and [`Doorbells`], what only a hypervisor can do; the mirror gives in one, [`disk::WriteTap`].
+//! state. What never enters: KVM, sockets, migration protocols, policy. The VMM gives in three small traits,
+//! [`MsiSender`], [`Doorbells`] and [`InterruptLine`], what only a hypervisor can do; the mirror gives in one, [`disk::WriteTap`].
 //!
 //! Everything a guest or a saved state says is untrusted: it is checked where it enters and gives an error, a
 //! bad status or `DEVICE_NEEDS_RESET`, never a panic.
@@ -16,6 +16,7 @@ use vmm_sys_util::eventfd::EventFd;
 pub mod disk;
 mod error;
 pub mod pci;
+mod power;
 mod serial;
 pub mod state;
 pub mod virtio;
@@ -23,6 +24,7 @@ pub mod virtio;
 pub use disk::DiskHandle;
 pub use error::DeviceError;
 pub use pci::PciBus;
+pub use power::{InterruptLine, Power, PowerState, PowerWish};
 pub use serial::{ConsoleSink, Serial, SerialState};
 pub use virtio::blk::Block;
 pub use virtio::rng::Rng;

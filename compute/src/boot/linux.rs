@@ -28,6 +28,7 @@ pub(super) fn write(
 ) -> Result<(), Error> {
     let hdr = header.unwrap_or(setup_header { kernel_alignment: KERNEL_ALIGNMENT, ..Default::default() });
     let mut params = boot_params { hdr, ..Default::default() };
+    params.acpi_rsdp_addr = place::RSDP;
     params.hdr.boot_flag = BOOT_FLAG;
     params.hdr.header = HEADER_MAGIC;
     params.hdr.type_of_loader = LOADER_UNDEFINED;
@@ -59,6 +60,7 @@ mod tests {
         let initrd = Placed { address: 0x300_0000, bytes: 77 };
         write(&ram, None, Placed { address: 0x2_0000, bytes: 9 }, Some(initrd), &map).unwrap();
         let read32 = |at: u64| ram.memory().read_obj::<u32>(GuestAddress(place::ZERO_PAGE + at)).unwrap();
+        assert_eq!(read32(0x70), 0xe_0000, "ACPI's root pointer");
         assert_eq!(read32(0x202), HEADER_MAGIC);
         assert_eq!(read32(0x228), 0x2_0000);
         assert_eq!((read32(0x218), read32(0x21c)), (0x300_0000, 77));

@@ -4,10 +4,10 @@
 //! `hvm_start_info` (Xen's PVH boot ABI); an ELF file without one, and a bzImage, start in 64-bit mode with the zero page
 //! in RSI (Linux' boot protocol, Documentation/arch/x86/boot.rst).
 
+mod acpi;
 mod linux;
 mod load;
 mod memmap;
-mod mptable;
 mod pvh;
 mod registers;
 
@@ -17,6 +17,7 @@ use std::path::{Path, PathBuf};
 use kvm_bindings::{kvm_regs, kvm_sregs};
 
 use crate::memory::GuestRam;
+pub(crate) use acpi::{RESET_CONTROL, RESET_CPU};
 
 /// What can go wrong before the guest's first instruction.
 #[derive(Debug, thiserror::Error)]
@@ -61,7 +62,7 @@ pub struct BootSource<'a> {
     pub initrd: Option<&'a Path>,
     /// Kernel command line.
     pub cmdline: &'a str,
-    /// Number of vCPUs, for the table that tells the kernel of them.
+    /// Number of vCPUs, for the tables that tell the kernel of them.
     pub vcpus: u8,
 }
 
@@ -100,7 +101,7 @@ pub fn load(ram: &GuestRam, source: BootSource<'_>) -> Result<Entry, Error> {
     let initrd =
         source.initrd.map(|path| load::initrd(ram, path, kernel.end, kernel.initrd_limit())).transpose()?;
     let memmap = memmap::memmap(ram.layout());
-    mptable::write(ram, source.vcpus)?;
+    acpi::write(ram, source.vcpus)?;
     registers::write_tables(ram)?;
     match kernel.kind {
         load::Kind::Pvh { rip } => {
@@ -135,8 +136,9 @@ mod place {
     pub const CMDLINE: u64 = 0x2_0000;
     /// End of conventional memory; from here to 1 MiB a PC has its firmware.
     pub const CONVENTIONAL_END: u64 = 0x9_fc00;
-    /// In the firmware's segment, one of the places where kernels look for the MP table.
-    pub const MP_TABLE: u64 = 0xf_0000;
+    /// Start of the firmware's segments, where kernels look for ACPI unless they are told.
+    pub const RSDP: u64 = 0xe_0000;
+    pub const ACPI_TABLES: u64 = 0xe_0040;
     pub const HIGH: u64 = 0x10_0000;
 }
 

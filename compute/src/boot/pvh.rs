@@ -40,7 +40,7 @@ pub(super) fn write(
         info.extend(field.to_le_bytes());
     }
     let module_list = if initrd.is_some() { place::MODULES } else { 0 };
-    for field in [module_list, cmdline.address, 0, place::MEMMAP] {
+    for field in [module_list, cmdline.address, place::RSDP, place::MEMMAP] {
         info.extend(field.to_le_bytes());
     }
     info.extend((memmap.len() as u32).to_le_bytes());
@@ -63,6 +63,7 @@ mod tests {
         assert_eq!(read(0), u64::from(VERSION) << 32 | u64::from(MAGIC));
         assert_eq!(read(16), 0, "no modules");
         assert_eq!(read(24), 0x2_0000);
+        assert_eq!(read(32), 0xe_0000, "ACPI's root pointer");
         assert_eq!(read(40), place::MEMMAP);
         assert_eq!(read(48), 3);
         let last: u64 = ram.memory().read_obj(GuestAddress(place::MEMMAP + 2 * 24)).unwrap();

@@ -23,7 +23,7 @@ pub(crate) use new_vcpus::NewVcpus;
 pub use state::VmState;
 pub use vcpu::{RunState, Vcpu};
 pub use vcpu_state::VcpuState;
-pub use vm::{IoEvents, Msi, Vm};
+pub use vm::{IoEvents, IrqLine, Msi, Vm};
 
 /// What can go wrong with KVM.
 #[derive(Debug, thiserror::Error)]
@@ -79,9 +79,9 @@ impl Error {
 pub enum ExitReason {
     /// It powered itself off.
     Shutdown,
-    /// It asked for a reset.
+    /// It asked for a reset, or a triple fault reset it.
     Reset,
-    /// It cannot go on: triple fault, an instruction KVM cannot run, a failed entry.
+    /// It cannot go on: an instruction KVM cannot run, a failed entry.
     Error(String),
 }
 

@@ -316,8 +316,8 @@ impl Worker {
             VcpuExit::Intr => return Entry::Interrupted,
             VcpuExit::IrqWindowOpen | VcpuExit::SetTpr | VcpuExit::IoapicEoi(_) => {}
             VcpuExit::Shutdown => {
-                let rip = self.rip();
-                return self.ended(format!("triple fault ({rip})"));
+                tracing::warn!(vcpu = self.id, at = self.rip(), "a triple fault resets the guest");
+                return Entry::Ended(ExitReason::Reset);
             }
             VcpuExit::FailEntry(reason, cpu) => {
                 let rip = self.rip();

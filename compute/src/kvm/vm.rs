@@ -1,6 +1,6 @@
 //! One VM: its kernel object with interrupt controllers and timer, and its RAM as memory slots.
 //!
-//! What never enters: vCPU threads, device models. The two small traits that device models need of a hypervisor
+//! What never enters: vCPU threads, device models. The small traits that device models need of a hypervisor
 //! are implemented here.
 
 use std::io;
@@ -13,7 +13,7 @@ use kvm_bindings::{
 use kvm_ioctls::{Cap, IoEventAddress, NoDatamatch, VmFd};
 use vm_memory::GuestMemoryBackend;
 use vmm_sys_util::eventfd::EventFd;
-use vmove_devices::{Doorbells, MsiSender};
+use vmove_devices::{Doorbells, InterruptLine, MsiSender};
 
 use super::{Error, Hypervisor};
 use crate::memory::{self, GuestRam};
@@ -134,5 +134,19 @@ impl Doorbells for IoEvents {
             .fd
             .unregister_ioevent(kick, &IoEventAddress::Mmio(address), NoDatamatch)
             .map_err(io::Error::from)
+    }
+}
+
+/// An interrupt line of a VM whose level is set by hand.
+pub struct IrqLine {
+    /// The VM.
+    pub vm: Arc<Vm>,
+    /// Number of the line.
+    pub gsi: u32,
+}
+
+impl InterruptLine for IrqLine {
+    fn set(&self, high: bool) -> io::Result<()> {
+        self.vm.fd.set_irq_line(self.gsi, high).map_err(io::Error::from)
     }
 }

@@ -2,8 +2,9 @@
 //!
 //! What never enters: what a device does with an access.
 
-use vmove_devices::{PciBus, Serial};
+use vmove_devices::{PciBus, Power, PowerWish, Serial};
 
+use crate::boot::{RESET_CONTROL, RESET_CPU};
 use crate::kvm::{Bus, ExitReason};
 
 /// Keyboard controller: data and command.
@@ -11,24 +12,18 @@ const KEYBOARD_DATA: u16 = 0x60;
 const KEYBOARD_COMMAND: u16 = 0x64;
 /// Its command that pulses the CPU's reset line.
 const PULSE_RESET: u8 = 0xfe;
-/// Reset control register of PC chipsets; bit 2 resets the CPU.
-const RESET_CONTROL: u16 = 0xcf9;
-const RESET_CPU: u8 = 1 << 2;
-/// Power management control of the QEMU and Bochs chipset, where guests without ACPI tables know to switch off; bit 13
-/// is "sleep enable".
-const POWER_CONTROL: u16 = 0x604;
-const SLEEP_ENABLE: u16 = 1 << 13;
-
 /// All devices of a machine.
 pub(super) struct MachineBus {
     pub pci: PciBus,
     pub serial: Serial,
+    pub power: Power,
 }
 
 impl Bus for MachineBus {
     fn io_read(&self, port: u16, data: &mut [u8]) {
         match port {
             _ if Serial::claims(port) => self.serial.io_read(port, data),
+            _ if Power::claims(port) => self.power.io_read(port, data),
             PciBus::FIRST_PORT..=PciBus::LAST_PORT => self.pci.io_read(port, data),
             // A keyboard controller with nothing to say, so that no guest waits for one to get ready.
             KEYBOARD_DATA | KEYBOARD_COMMAND => data.fill(0),
@@ -41,9 +36,10 @@ impl Bus for MachineBus {
             _ if Serial::claims(port) => self.serial.io_write(port, data),
             (KEYBOARD_COMMAND, [PULSE_RESET]) => return Some(ExitReason::Reset),
             (RESET_CONTROL, [value]) if value & RESET_CPU != 0 => return Some(ExitReason::Reset),
-            (POWER_CONTROL, [low, high, ..]) if u16::from_le_bytes([*low, *high]) & SLEEP_ENABLE != 0 => {
-                return Some(ExitReason::Shutdown);
-            }
+            _ if Power::claims(port) => match self.power.io_write(port, data) {
+                PowerWish::Off => return Some(ExitReason::Shutdown),
+                PowerWish::None => {}
+            },
             (PciBus::FIRST_PORT..=PciBus::LAST_PORT, _) => self.pci.io_write(port, data),
             // Nobody there, as on a PC: POST codes (0x80), DMA, and the like.
             _ => {}

@@ -10,7 +10,7 @@ use vmove_storage::OpenOptions;
 use super::Error;
 use crate::kvm::Hypervisor;
 
-/// Most vCPUs of a machine: APIC ids and the MP table have room for more, nobody has tried.
+/// Most vCPUs of a machine: APIC ids and the ACPI tables have room for more, nobody has tried.
 const MAX_VCPUS: u8 = 64;
 
 /// What a machine is made of.

@@ -9,7 +9,7 @@ mod exit;
 mod prepared;
 mod save;
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 
 use vmm_sys_util::eventfd::EventFd;
 use vmove_devices::state::{Section, StateError};
@@ -207,6 +207,7 @@ impl Machine {
         let mut sections = vec![save::machine_section(self)?];
         sections.extend(self.devices.pci.save()?);
         sections.push(self.devices.serial.save()?);
+        sections.push(self.devices.power.save()?);
         for vcpu in &self.vcpus {
             sections.push(vcpu.save()?.encode()?);
         }
@@ -243,6 +244,20 @@ impl Machine {
     /// Types into the guest's serial console. Returns how many bytes were taken; the rest had no room.
     pub fn console_input(&self, input: &[u8]) -> usize {
         self.devices.serial.feed(input)
+    }
+
+    /// Presses the guest's power button. False, with nothing done, while the devices are paused or about to be: a press
+    /// might come too late for a state that is saved.
+    pub fn press_power_button(&self) -> bool {
+        let paused = match self.devices_paused.try_lock() {
+            Ok(paused) => paused,
+            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+            Err(TryLockError::WouldBlock) => return false,
+        };
+        if !*paused {
+            self.devices.power.press_button();
+        }
+        !*paused
     }
 
     /// Why the guest ended, if it has.

@@ -6,13 +6,13 @@ use std::sync::{Arc, Mutex};
 
 use vmm_sys_util::eventfd::EventFd;
 use vmove_devices::state::{Section, Sections};
-use vmove_devices::{Block, ConsoleSink, DiskHandle, PciBus, Rng, Serial};
+use vmove_devices::{Block, ConsoleSink, DiskHandle, PciBus, Power, Rng, Serial};
 
 use super::bus::MachineBus;
 use super::exit::Exit;
 use super::{DiskConfig, DiskSource, Error, Machine, MachineConfig, save};
 use crate::boot::Entry;
-use crate::kvm::{Bus, ExitListener, Hypervisor, IoEvents, Msi, NewVcpus, Vcpu, Vm};
+use crate::kvm::{Bus, ExitListener, Hypervisor, IoEvents, IrqLine, Msi, NewVcpus, Vcpu, Vm};
 use crate::memory::{DirtyLog, GuestRam};
 
 /// A machine that waits for its state. Made by [`Machine::prepare`].
@@ -51,7 +51,8 @@ impl PreparedMachine {
         pci.add_virtio("entropy", Box::new(Rng::new(Arc::clone(vm.ram().memory()))?))?;
         pci.pause_all()?;
         let vcpus = NewVcpus::new(hypervisor, Arc::clone(&vm), config.vcpus)?;
-        let devices = Arc::new(MachineBus { pci, serial: Serial::new(line, console) });
+        let power = Power::new(Arc::new(IrqLine { vm: Arc::clone(&vm), gsi: Power::IRQ }));
+        let devices = Arc::new(MachineBus { pci, serial: Serial::new(line, console), power });
         Ok(Self { vcpus, devices, disks, vm, exit: Arc::new(Exit::new()?), config })
     }
 
@@ -82,6 +83,7 @@ impl PreparedMachine {
         let vcpus = self.vcpus.restore(&mut sections, &bus, &listener)?;
         self.devices.pci.restore(&mut sections)?;
         self.devices.serial.restore(&mut sections)?;
+        self.devices.power.restore(&mut sections)?;
         sections.finish()?;
         Ok(machine(vcpus, self.devices, self.disks, self.vm, self.exit))
     }
