@@ -164,7 +164,7 @@ fn a_second_move_of_a_vm_on_the_move() {
     cluster.stops.reached(point);
     cluster.vmove("a", &[VM, "--host", "b"]).refused(1, &["on the move"]);
     cluster.vmove("b", &[VM, "--datastore", "bulk"]).refused(1, &["on the move"]);
-    cluster.vmove("a", &["stop", VM]).refused(1, &["on the move", "cancel"]);
+    cluster.vmove("a", &["stop", VM, "--now"]).refused(1, &["on the move", "cancel"]);
     cluster.vmove("a", &["rm", VM]).refused(1, &[VM]);
     before.goes_on();
     let last = before.heartbeats().last().unwrap().seq;

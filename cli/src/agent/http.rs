@@ -86,6 +86,7 @@ fn build(agent: Option<Arc<Agent>>) -> (OpenApiRouter<Arc<Agent>>, Option<Arc<Ag
         .routes(routes!(routes_vm::show, routes_vm::remove))
         .routes(routes!(routes_vm::start))
         .routes(routes!(routes_vm::stop))
+        .routes(routes!(routes_vm::power_button))
         .routes(routes!(routes_vm::console))
         .routes(routes!(routes_vm::move_vm));
     let mut moves = OpenApiRouter::new().routes(routes!(routes_vm::progress, routes_vm::cancel));

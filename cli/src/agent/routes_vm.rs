@@ -90,6 +90,15 @@ pub async fn stop(State(agent): Shared, Path(vm): Path<String>) -> Result<axum::
     agent.stop(&vm).await.map(axum::Json)
 }
 
+/// Press the power button of a running VM. The guest may switch itself off then, or not: its state says so. `busy` means that it
+/// stands still for a moment: ask again.
+#[utoipa::path(post, path = "/v1/vms/{vm}/power-button", tag = "vm",
+    params(("vm" = String, Path, description = "The VM's name")),
+    responses((status = 204), (status = "default", description = "Why not", body = ErrorBody)))]
+pub async fn power_button(State(agent): Shared, Path(vm): Path<String>) -> Result<StatusCode, ApiError> {
+    agent.press_power_button(&vm).await.map(|()| StatusCode::NO_CONTENT)
+}
+
 /// The serial console: upgrade to `vmove-console`, then raw bytes both ways, recent output first.
 #[utoipa::path(get, path = "/v1/vms/{vm}/console", tag = "vm", params(("vm" = String, Path, description = "The VM's name")),
     responses((status = 101, description = "Raw bytes follow"), (status = "default", description = "Why not", body = ErrorBody)))]

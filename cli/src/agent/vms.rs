@@ -307,6 +307,26 @@ impl Agent {
         Ok(self.summary(&self.must_view(name).await?))
     }
 
+    /// Presses the power button of a running VM, on the move or not. What the guest makes of it shows in the VM's state.
+    pub async fn press_power_button(&self, name: &str) -> Result<(), ApiError> {
+        let view = self.must_view(name).await?;
+        match view.state {
+            VmState::Running | VmState::Moving => {}
+            VmState::Undecided => return Err(undecided(name, &view)),
+            _ => return Err(ApiError::conflict(format!("VM {name:?} is {}", word(view.state)))),
+        }
+        let vm = self.registry.vm(name)?;
+        let pressed = control::ask(vm.path(), &Request::PowerButton).await;
+        pressed.map(drop).map_err(|error| {
+            let text = format!("cannot press the power button of VM {name:?}: {error}");
+            match error {
+                ControlError::Failed(_) => ApiError::vm_process(text),
+                // It stands still for a moment, or is gone: the next question finds it elsewhere, or ended.
+                ControlError::Refused(_) | ControlError::Gone(_) => ApiError::busy(text),
+            }
+        })
+    }
+
     /// Waits until the VM process of a directory has ended; false if it has not in time.
     pub(super) async fn wait_gone(&self, vm: &VmDir, deadline: Duration) -> bool {
         let end = tokio::time::Instant::now() + deadline;

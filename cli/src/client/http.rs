@@ -70,7 +70,12 @@ impl Client {
         self.command(Method::POST, &format!("/v1/vms/{}/start", segment(vm))).await
     }
 
-    /// Stops a VM.
+    /// Presses a VM's power button.
+    pub async fn press_power_button(&self, vm: &str) -> Result<(), ClientError> {
+        self.command(Method::POST, &format!("/v1/vms/{}/power-button", segment(vm))).await
+    }
+
+    /// Ends a VM; its guest is not asked.
     pub async fn stop(&self, vm: &str) -> Result<(), ClientError> {
         self.command(Method::POST, &format!("/v1/vms/{}/stop", segment(vm))).await
     }

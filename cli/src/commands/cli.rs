@@ -14,6 +14,7 @@ use super::image::ImageCommand;
 use super::init::{InitArgs, TokenArgs};
 use super::join::JoinArgs;
 use super::move_vm::{MoveArgs, MoveIdArgs};
+use super::stop::StopArgs;
 use super::vm_process::VmProcessArgs;
 use super::vms::{ListArgs, ShowArgs, VmArgs};
 use crate::bench::BenchArgs;
@@ -52,8 +53,8 @@ pub enum Command {
     Create(CreateArgs),
     /// Start a VM
     Start(VmArgs),
-    /// Stop a VM: its disks are flushed, the guest is not asked
-    Stop(VmArgs),
+    /// Stop a VM: press its power button and wait until the guest has switched itself off
+    Stop(StopArgs),
     /// Remove a stopped VM and its disks
     Rm(VmArgs),
     /// List VMs

@@ -13,6 +13,7 @@ mod image;
 mod init;
 mod join;
 mod move_vm;
+mod stop;
 mod vm_process;
 mod vms;
 
@@ -68,7 +69,7 @@ async fn with_agent(command: Command, client: &Client) -> Result<(), CommandErro
         Command::Move(args) => args.run(client).await,
         Command::Create(args) => args.run(client).await,
         Command::Start(args) => args.start(client).await,
-        Command::Stop(args) => args.stop(client).await,
+        Command::Stop(args) => args.run(client).await,
         Command::Rm(args) => args.remove(client).await,
         Command::Ls(args) => args.run(client).await,
         Command::Show(args) => args.run(client).await,

@@ -1,4 +1,4 @@
-//! `vmove start|stop|rm|ls|show`: the life of VMs other than moving.
+//! `vmove start|rm|ls|show`: the life of VMs other than moving and stopping.
 
 use std::fmt::Write as _;
 
@@ -20,11 +20,6 @@ impl VmArgs {
     /// `vmove start`.
     pub async fn start(&self, client: &Client) -> Result<(), CommandError> {
         Ok(client.start(&self.vm).await?)
-    }
-
-    /// `vmove stop`.
-    pub async fn stop(&self, client: &Client) -> Result<(), CommandError> {
-        Ok(client.stop(&self.vm).await?)
     }
 
     /// `vmove rm`.

@@ -461,6 +461,13 @@ fn answer(shared: &Arc<Shared>, request: Request) -> Reply {
             let _ = shared.wake.send(Wake::Stop);
             Reply::Ok
         }
+        Request::PowerButton => {
+            let machine = shared.lock().machine.clone();
+            match machine {
+                Some(machine) if machine.press_power_button() => Reply::Ok,
+                _ => Reply::Error("the guest stands still: it is changing hosts, starting or ending".into()),
+            }
+        }
         Request::Move(order) => match begin_move(shared, *order) {
             Ok(()) => Reply::Ok,
             Err(why) => Reply::Error(why),

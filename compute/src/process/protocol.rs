@@ -165,6 +165,8 @@ pub enum Request {
     Status,
     /// End the VM: flush and close the disks, exit.
     Stop,
+    /// Press the guest's power button, on the move or not. An error if the guest stands still just now: ask again.
+    PowerButton,
     /// Begin a move; answered at once, followed with [`Request::MoveStatus`].
     Move(Box<MoveOrder>),
     /// How far is the current or last move?
