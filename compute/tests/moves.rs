@@ -12,6 +12,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use support::kvm_usable;
+use vmove_compute::process::console::wire::{self, ClientMsg, Decoder, ServerMsg};
 use vmove_compute::process::{self, protocol::*};
 use vmove_storage::{ImageFormat, ImageSpec};
 
@@ -41,6 +42,15 @@ fn definition(vcpus: u8, memory_mib: u64, words: &str) -> VmDefinition {
     }
 }
 
+/// A new client of a process's console.
+fn attach(dir: &Path) -> UnixStream {
+    let mut socket = until("its console", || UnixStream::connect(dir.join(CONSOLE_SOCKET)).ok());
+    let client = uuid::Uuid::new_v4().into_bytes();
+    let attach = ClientMsg::Attach { version: wire::VERSION, client, seen: None };
+    socket.write_all(&wire::encode(&attach).unwrap()).unwrap();
+    socket
+}
+
 impl Process {
     fn start(root: &Path, name: &str, vm: &VmDefinition, generation: u64, start: Start) -> Self {
         let dir = root.join(name);
@@ -48,6 +58,7 @@ impl Process {
         let kernel = dir.join("kernel");
         std::fs::write(&kernel, vmove_guest_image::GUEST_ELF).unwrap();
         let image = dir.join("vda.qcow2");
+        let arrives = start != Start::Boot;
         if start == Start::Boot && !vm.disks.is_empty() {
             vmove_storage::create(&image, &ImageSpec::new(ImageFormat::Qcow2, 256 * MIB)).unwrap();
         }
@@ -74,11 +85,23 @@ impl Process {
         let ended = thread::spawn(move || process::run(&vm_dir));
         let console = Arc::new(Mutex::new(String::new()));
         let text = Arc::clone(&console);
-        let mut socket = until("its console", || UnixStream::connect(dir.join(CONSOLE_SOCKET)).ok());
+        let mut socket = attach(&dir);
         thread::spawn(move || {
-            let mut buffer = [0; 4096];
+            let (mut buffer, mut decoder) = ([0; 4096], Decoder::default());
+            // What the guest said before it came here is not kept: what is said here shows that it goes on.
+            let mut said_here_from = 0;
             while let Ok(n @ 1..) = socket.read(&mut buffer) {
-                text.lock().unwrap().push_str(&String::from_utf8_lossy(&buffer[..n]));
+                decoder.push(&buffer[..n]);
+                while let Some(message) = decoder.take().unwrap() {
+                    match message {
+                        ServerMsg::Attached { end, .. } if arrives => said_here_from = end,
+                        ServerMsg::Output { at, bytes } => {
+                            let before = (said_here_from.saturating_sub(at) as usize).min(bytes.len());
+                            text.lock().unwrap().push_str(&String::from_utf8_lossy(&bytes[before..]));
+                        }
+                        _ => {}
+                    }
+                }
             }
         });
         Self { dir, ended, console }
@@ -110,8 +133,22 @@ impl Process {
         status
     }
 
-    fn type_in(&self, text: &[u8]) {
-        UnixStream::connect(self.dir.join(CONSOLE_SOCKET)).unwrap().write_all(text).unwrap();
+    fn type_in(&self, keys: &[u8]) {
+        let mut socket = attach(&self.dir);
+        let keys = ClientMsg::Keys { at: 0, bytes: keys.to_vec() };
+        socket.write_all(&wire::encode(&keys).unwrap()).unwrap();
+        // Until they are taken: who hangs up before may have changed its mind.
+        let (mut buffer, mut decoder) = ([0; 4096], Decoder::default());
+        loop {
+            let n = socket.read(&mut buffer).unwrap();
+            assert!(n > 0, "the console hung up");
+            decoder.push(&buffer[..n]);
+            while let Some(message) = decoder.take().unwrap() {
+                if matches!(message, ServerMsg::Taken { .. }) {
+                    return;
+                }
+            }
+        }
     }
 
     /// The newest complete line of that kind after the first `skip` bytes of output.

@@ -1,7 +1,7 @@
 //! What the fixture guest says on its console (`fixtures/guest/README.md`), and typing to it.
 //!
-//! A [`Console`] follows one VM process; after a move attach to the new one. It also judges: an `error` line of the guest, or a count
-//! of errors above zero, fails the test that waits.
+//! A [`Console`] follows one VM process; after a move attach to the new one, which knows what was said before. It also judges: an
+//! `error` line of the guest, or a count of errors above zero, fails the test that waits.
 
 use std::collections::HashMap;
 use std::io::{Read, Write};
@@ -10,6 +10,9 @@ use std::path::Path;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread;
 use std::time::Instant;
+
+use vmove::client::attachment::{Attachment, Seen};
+use vmove_compute::process::console::wire::{self, Decoder, RunId};
 
 use crate::wait::{LIMIT, until};
 
@@ -37,28 +40,51 @@ pub struct Check {
 struct Log {
     lines: Vec<String>,
     partial: Vec<u8>,
+    /// None for a plain serial line, which has no messages.
+    attachment: Option<Attachment>,
     ended: bool,
 }
+
+type Shared = Arc<(Mutex<Log>, Condvar)>;
 
 /// The console of one VM process.
 #[derive(Debug)]
 pub struct Console {
-    shared: Arc<(Mutex<Log>, Condvar)>,
+    shared: Shared,
     typing: UnixStream,
 }
 
 impl Console {
-    /// Attaches to a console socket; recent output comes first.
+    /// Attaches to the console socket of a VM process; gives it with all that it keeps of what was said before.
     pub fn attach(socket: &Path) -> Self {
-        let typing = until("a console to attach to", || UnixStream::connect(socket).ok());
-        let shared: Arc<(Mutex<Log>, Condvar)> = Arc::default();
-        let (mut from, log) = (typing.try_clone().unwrap(), Arc::clone(&shared));
-        thread::spawn(move || {
-            let mut buffer = [0; 16 << 10];
-            while let Ok(n @ 1..) = from.read(&mut buffer) {
-                lock(&log.0).take_in(&buffer[..n]);
-                log.1.notify_all();
+        until("a console that greets", || {
+            let typing = UnixStream::connect(socket).ok()?;
+            let mut attachment = Attachment::new(uuid::Uuid::new_v4().into_bytes());
+            (&typing).write_all(&wire::encode(&attachment.connect()).unwrap()).ok()?;
+            let console = Self::follow(typing, Some(attachment));
+            let mut log = lock(&console.shared.0);
+            while !log.ended && !log.attachment.as_ref().is_some_and(Attachment::has_caught_up) {
+                log = console.shared.1.wait(log).unwrap_or_else(PoisonError::into_inner);
             }
+            // A process that was just ending has closed the connection; the next one has the VM.
+            let greeted = log.attachment.as_ref().is_some_and(Attachment::has_caught_up);
+            drop(log);
+            greeted.then_some(console)
+        })
+    }
+
+    /// Attaches to a serial line without messages, such as QEMU's.
+    pub fn attach_plain(socket: &Path) -> Self {
+        Self::follow(until("a line to attach to", || UnixStream::connect(socket).ok()), None)
+    }
+
+    fn follow(typing: UnixStream, attachment: Option<Attachment>) -> Self {
+        let plain = attachment.is_none();
+        let shared = Arc::new((Mutex::new(Log { attachment, ..Log::default() }), Condvar::new()));
+        let (from, log) = (typing.try_clone().unwrap(), Arc::clone(&shared));
+        thread::spawn(move || {
+            // How it ended is of no interest: the other side has hung up, or this one.
+            let _ = if plain { read_plain(from, &log) } else { read_messages(from, &log) };
             lock(&log.0).ended = true;
             log.1.notify_all();
         });
@@ -67,7 +93,19 @@ impl Console {
 
     /// Types to the guest.
     pub fn type_in(&self, keys: &[u8]) {
-        (&self.typing).write_all(keys).unwrap();
+        let mut log = lock(&self.shared.0);
+        let Some(attachment) = &mut log.attachment else {
+            return (&self.typing).write_all(keys).unwrap();
+        };
+        attachment.type_in(keys);
+        while let Some(message) = attachment.next_keys() {
+            (&self.typing).write_all(&wire::encode(&message).unwrap()).unwrap();
+        }
+    }
+
+    /// The guest's run: another one after it was started again, the same after a move.
+    pub fn run(&self) -> RunId {
+        lock(&self.shared.0).attachment.as_ref().and_then(Attachment::run).expect("it has greeted")
     }
 
     /// Waits until `find` sees what it looks for in the complete lines so far.
@@ -127,11 +165,6 @@ impl Console {
         })
     }
 
-    /// Whether the guest has booted under this console.
-    pub fn has_booted(&self) -> bool {
-        lock(&self.shared.0).lines.iter().any(|line| line.contains("ready") || line.starts_with("recovered"))
-    }
-
     /// Has the guest look at all its RAM and disk now. That it is in order is asserted.
     pub fn check(&self) -> Check {
         let seen = self.wait("its lines", |lines| Some(lines.len()));
@@ -159,6 +192,44 @@ impl Log {
             let line: Vec<u8> = self.partial.drain(..=end).collect();
             self.lines.push(String::from_utf8_lossy(&line).trim_end().to_owned());
         }
+    }
+}
+
+fn read_plain(mut from: UnixStream, shared: &Shared) -> std::io::Result<()> {
+    let mut buffer = [0; 16 << 10];
+    loop {
+        let n = from.read(&mut buffer)?;
+        if n == 0 {
+            return Ok(());
+        }
+        lock(&shared.0).take_in(&buffer[..n]);
+        shared.1.notify_all();
+    }
+}
+
+fn read_messages(mut from: UnixStream, shared: &Shared) -> std::io::Result<()> {
+    let mut buffer = [0; 16 << 10];
+    let mut decoder = Decoder::default();
+    loop {
+        let n = from.read(&mut buffer)?;
+        if n == 0 {
+            return Ok(());
+        }
+        decoder.push(&buffer[..n]);
+        let mut log = lock(&shared.0);
+        while let Some(message) = decoder.take().map_err(std::io::Error::other)? {
+            let Some(attachment) = &mut log.attachment else { return Ok(()) };
+            for seen in attachment.receive(message).map_err(std::io::Error::other)? {
+                match seen {
+                    Seen::Output(bytes) => log.take_in(&bytes),
+                    // A line broken in the middle is not to be put together with another.
+                    Seen::Missed(_) => log.partial.clear(),
+                    _ => {}
+                }
+            }
+        }
+        drop(log);
+        shared.1.notify_all();
     }
 }
 

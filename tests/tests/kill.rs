@@ -92,7 +92,7 @@ fn kill(test: &str, point: &str, victim: Victim, outcome: Outcome) {
     match outcome {
         Outcome::StaysRunning | Outcome::MovesOn => {
             console.heartbeat_after(last);
-            assert_eq!(console.has_booted(), outcome == Outcome::StaysRunning, "started again");
+            assert_eq!(console.run(), before.run(), "started again");
         }
         Outcome::Startable | Outcome::ColdBoot => {
             let recovered = console.recovered();

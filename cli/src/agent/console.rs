@@ -1,6 +1,7 @@
 //! The console of a VM: an upgraded HTTP connection, bridged byte for byte to the VM process's `console.sock`.
 //!
-//! Never enters: what the bytes mean.
+//! A client whose VM has gone asks its agent again, which knows or asks the others where it is (`forward`). Never enters: what the
+//! bytes mean, who has seen what: client and VM process know that.
 
 use axum::body::Body;
 use axum::extract::Request;

@@ -99,9 +99,10 @@ pub async fn power_button(State(agent): Shared, Path(vm): Path<String>) -> Resul
     agent.press_power_button(&vm).await.map(|()| StatusCode::NO_CONTENT)
 }
 
-/// The serial console: upgrade to `vmove-console`, then raw bytes both ways, recent output first.
+/// The serial console: upgrade to `vmove-console`, then the messages of `vmove_compute::process::console::wire` both ways. Wherever
+/// a client attaches again after a move, it goes on where it was.
 #[utoipa::path(get, path = "/v1/vms/{vm}/console", tag = "vm", params(("vm" = String, Path, description = "The VM's name")),
-    responses((status = 101, description = "Raw bytes follow"), (status = "default", description = "Why not", body = ErrorBody)))]
+    responses((status = 101, description = "Messages of the console follow"), (status = "default", description = "Why not", body = ErrorBody)))]
 pub async fn console(
     State(agent): Shared,
     Path(vm): Path<String>,

@@ -45,7 +45,7 @@ impl Subject {
             disks: Vec::new(),
         };
         create(rig, &agents[0], definition).await?;
-        let watch = Watch::new(agents.clone(), VM);
+        let watch = Watch::new(agents[0].clone(), VM).await?;
         steps.say(&format!("the guest fills {fill_mib} MiB of its memory"));
         watch.until("the guest being ready", READY_LIMIT, |log| log.ready).await?;
         Ok(Self { agents, at: 0, memory_mib, _watch: watch })

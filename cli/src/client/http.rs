@@ -20,7 +20,7 @@ use crate::api::types::{
 /// Largest answer that is read, bytes.
 const MAX_ANSWER: usize = 64 << 20;
 
-/// Raw bytes from and to a VM's serial console.
+/// A connection to a VM's serial console, by the messages of `vmove_compute::process::console::wire`.
 pub type ConsoleStream = TokioIo<hyper::upgrade::Upgraded>;
 
 /// A client of one agent. Cheap to clone; makes a connection for each request.
@@ -100,7 +100,7 @@ impl Client {
         self.command(Method::DELETE, &format!("/v1/moves/{}", segment(move_id))).await
     }
 
-    /// Connects to a VM's serial console: recent output comes first.
+    /// Connects to a VM's serial console where it is now; [`Console`](super::Console) stays with it.
     pub async fn console(&self, vm: &str) -> Result<ConsoleStream, ClientError> {
         let path = format!("/v1/vms/{}/console", segment(vm));
         let what = format!("GET {path}");

@@ -1,15 +1,18 @@
-//! `vmove console`: the terminal becomes the VM's serial console.
+//! `vmove console`: the terminal becomes the VM's serial console, wherever the VM goes.
+//!
+//! A serial line carries no window size, so a terminal that is resized changes nothing in the guest; the size is named at the
+//! beginning, in the words with which the guest's shell can be told.
 
 use std::io::{IsTerminal, Read, Write};
 use std::os::fd::AsFd;
 
 use nix::sys::termios::{self, SetArg, Termios};
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 
 use super::CommandError;
-use crate::client::Client;
+use crate::client::attachment::Seen;
+use crate::client::{Client, Console, ConsoleEvent};
 
 /// Ctrl-].
 const ESCAPE: u8 = 0x1d;
@@ -50,49 +53,80 @@ impl Drop for RawTerminal {
 }
 
 impl ConsoleArgs {
-    /// Passes bytes both ways until Ctrl-], a signal, or the end of the VM here.
+    /// Passes bytes both ways until Ctrl-], a signal, or the end of the VM. Stays attached while the VM changes host.
     pub async fn run(&self, client: &Client) -> Result<(), CommandError> {
-        let stream = client.console(&self.vm).await?;
-        let (mut from_vm, mut to_vm) = tokio::io::split(stream);
+        let mut console = Console::attach(client.clone(), &self.vm).await?;
         let mut hangup = signal(SignalKind::hangup())?;
         let mut terminate = signal(SignalKind::terminate())?;
         let mut interrupt = signal(SignalKind::interrupt())?;
         let raw = RawTerminal::enter()?;
         if raw.is_some() {
-            eprint!("Connected to {}. Escape with Ctrl-].\r\n", self.vm);
+            say(&format!("connected to {}, escape with Ctrl-]{}", self.vm, size_hint()));
         }
+        let to_vm = console.keys();
         let mut keys = keyboard();
         let mut keys_open = true;
-        let mut buffer = vec![0; 16 << 10];
+        // Keys on their way to a guest that does not take them must not hold up its output.
+        let mut sending: Option<Vec<u8>> = None;
         let ended = loop {
             tokio::select! {
-                read = from_vm.read(&mut buffer) => match read {
-                    Ok(0) => break "the console was closed: the VM has stopped or moved",
-                    Ok(n) => write_out(&buffer[..n])?,
-                    Err(_) => break "the connection to the console broke",
+                event = console.next() => match event {
+                    Some(ConsoleEvent::Seen(Seen::Output(bytes))) => write_out(&bytes)?,
+                    Some(ConsoleEvent::Seen(Seen::Ended(reason))) => break Ok(reason),
+                    Some(ConsoleEvent::GivenUp(why)) => break Err(CommandError::failed(format!(
+                        "the console of {} was not found again: {why}", self.vm
+                    ))),
+                    Some(event) => say(&note(&self.vm, &event)),
+                    None => break Ok("the console has ended".to_owned()),
                 },
-                typed = keys.recv(), if keys_open => match typed {
+                room = to_vm.reserve(), if sending.is_some() => {
+                    if let (Ok(room), Some(keys)) = (room, sending.take()) {
+                        room.send(keys);
+                    }
+                }
+                typed = keys.recv(), if keys_open && sending.is_none() => match typed {
                     // The end of a piped input is not the end of the VM's output.
                     None => keys_open = false,
-                    Some(bytes) => {
-                        let end = if raw.is_some() { bytes.iter().position(|b| *b == ESCAPE) } else { None };
-                        let send = &bytes[..end.unwrap_or(bytes.len())];
-                        if to_vm.write_all(send).await.is_err() {
-                            break "the connection to the console broke";
-                        }
-                        if end.is_some() {
-                            break "left";
-                        }
-                    }
+                    Some(bytes) => match bytes.iter().position(|key| *key == ESCAPE) {
+                        Some(_) if raw.is_some() => break Ok("left".to_owned()),
+                        _ => sending = Some(bytes),
+                    },
                 },
-                _ = hangup.recv() => break "left",
-                _ = terminate.recv() => break "left",
-                _ = interrupt.recv() => break "left",
+                _ = hangup.recv() => break Ok("left".to_owned()),
+                _ = terminate.recv() => break Ok("left".to_owned()),
+                _ = interrupt.recv() => break Ok("left".to_owned()),
             }
         };
         drop(raw);
-        eprintln!("\nvmove: {}: {ended}", self.vm);
+        let why = ended?;
+        eprintln!("\nvmove: {}: {why}", self.vm);
         Ok(())
+    }
+}
+
+/// What is to be said about an event that is no output. Standard error, so that what the guest said stays whole in a file.
+fn note(vm: &str, event: &ConsoleEvent) -> String {
+    match event {
+        ConsoleEvent::Seen(Seen::Missed(count)) => format!("{count} bytes of output were missed"),
+        ConsoleEvent::Seen(Seen::Anew) => format!("{vm} was started anew"),
+        ConsoleEvent::Seen(Seen::KeysLost(count)) => format!("{count} keys may not have been taken"),
+        ConsoleEvent::Seen(Seen::Moved(host)) => format!("{vm} has moved to host {host}"),
+        ConsoleEvent::Lost(why) => format!("lost the console ({why}); looking for it"),
+        ConsoleEvent::Seen(Seen::Output(_) | Seen::Ended(_)) | ConsoleEvent::GivenUp(_) => String::new(),
+    }
+}
+
+fn say(text: &str) {
+    eprint!("\r\n[vmove: {text}]\r\n");
+}
+
+/// A serial line carries no window size: the guest has to be told, and the guest alone knows by whom.
+fn size_hint() -> String {
+    match ::console::Term::stdout().size_checked() {
+        Some((rows, columns)) => format!(
+            "; a serial line has no window size, `stty rows {rows} cols {columns}` sets it in a shell"
+        ),
+        None => String::new(),
     }
 }
 

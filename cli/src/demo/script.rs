@@ -129,7 +129,7 @@ pub async fn play(rig: &mut Rig) -> Result<Outcome, DemoError> {
     rig.start().await?;
     let agents = HOSTS.iter().map(|host| rig.client(host)).collect::<Result<Vec<_>, _>>()?;
     create(rig, &agents[0], definition()).await?;
-    let watch = Watch::new(agents.clone(), VM);
+    let watch = Watch::new(agents[0].clone(), VM).await?;
     steps.say(&format!("VM {VM} fills its memory and disk on {left}/{fast}"));
     let ready = |log: &super::guest::GuestLog| log.ready && log.heartbeats.len() >= HEARTBEATS;
     watch.until("the guest being ready", READY_LIMIT, ready).await?;
@@ -148,7 +148,7 @@ pub async fn play(rig: &mut Rig) -> Result<Outcome, DemoError> {
     }
 
     steps.say("the guest checks every page of its memory and every block of its disk");
-    watch.key(b'c');
+    watch.key(b'c').await;
     let log = watch.until("the guest's check of everything", CHECK_LIMIT, |log| log.check.is_some()).await?;
     steps.clear();
     let guest = log.check.ok_or_else(|| DemoError::Timeout {

@@ -1,21 +1,17 @@
 //! Following a guest's console wherever the guest is.
 //!
-//! Lives here: one task that keeps a console connection to the host that has the VM, and the log it fills.
+//! Lives here: one task that takes lines from a console into the log it fills.
 
 use std::time::Duration;
 
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 
 use super::DemoError;
 use super::guest::GuestLog;
-use crate::client::{Client, ConsoleStream};
+use crate::client::attachment::Seen;
+use crate::client::{Client, Console, ConsoleEvent};
 
-/// Pause between attempts to find the console.
-const RETRY: Duration = Duration::from_millis(50);
-/// How long one agent may take to connect a console.
-const CONNECT_LIMIT: Duration = Duration::from_secs(2);
 /// Longest line that is kept, bytes.
 const MAX_LINE: usize = 64 << 10;
 
@@ -23,23 +19,26 @@ const MAX_LINE: usize = 64 << 10;
 #[derive(Debug)]
 pub struct Watch {
     log: watch::Receiver<GuestLog>,
-    input: mpsc::UnboundedSender<u8>,
+    keys: mpsc::Sender<Vec<u8>>,
     task: JoinHandle<()>,
 }
 
 impl Watch {
-    /// Begins to follow the console of `vm`, which is at one of these agents, the first at the beginning.
-    pub fn new(agents: Vec<Client>, vm: &str) -> Self {
+    /// Begins to follow the console of `vm`, which this agent has now.
+    pub async fn new(agent: Client, vm: &str) -> Result<Self, DemoError> {
+        let console = Console::attach(agent, vm)
+            .await
+            .map_err(DemoError::client(format!("attaching to the console of {vm}")))?;
         let (sender, log) = watch::channel(GuestLog::default());
-        let (input, keys) = mpsc::unbounded_channel();
-        let task = tokio::spawn(follow(agents, vm.to_owned(), sender, keys));
-        Self { log, input, task }
+        let keys = console.keys();
+        let task = tokio::spawn(follow(console, sender));
+        Ok(Self { log, keys, task })
     }
 
-    /// Types a key. It is delivered when a console is connected.
-    pub fn key(&self, key: u8) {
-        // The task ends only with this object.
-        let _ = self.input.send(key);
+    /// Types a key.
+    pub async fn key(&self, key: u8) {
+        // A console that has ended takes no keys; who waits for what they bring finds that out.
+        let _ = self.keys.send(vec![key]).await;
     }
 
     /// What the guest has said so far.
@@ -76,55 +75,18 @@ impl Drop for Watch {
     }
 }
 
-/// Stays with a connection until it ends, then asks the agents in turn: the guest is at one of them.
-async fn follow(
-    agents: Vec<Client>,
-    vm: String,
-    log: watch::Sender<GuestLog>,
-    mut keys: mpsc::UnboundedReceiver<u8>,
-) {
-    let mut waiting_key = None;
-    for agent in agents.iter().cycle() {
-        if let Ok(Ok(stream)) = tokio::time::timeout(CONNECT_LIMIT, agent.console(&vm)).await {
-            pump(stream, &log, &mut keys, &mut waiting_key).await;
-        }
-        tokio::time::sleep(RETRY).await;
-    }
-}
-
-/// Passes lines into the log and keys to the guest until the connection ends.
-async fn pump(
-    stream: ConsoleStream,
-    log: &watch::Sender<GuestLog>,
-    keys: &mut mpsc::UnboundedReceiver<u8>,
-    waiting_key: &mut Option<u8>,
-) {
-    let (mut from, mut to) = tokio::io::split(stream);
+/// Takes lines in until the console ends.
+async fn follow(mut console: Console, log: watch::Sender<GuestLog>) {
     let mut pending: Vec<u8> = Vec::new();
-    let mut buffer = vec![0; 16 << 10];
-    loop {
-        if let Some(key) = *waiting_key {
-            if to.write_all(&[key]).await.is_err() || to.flush().await.is_err() {
-                return;
-            }
-            *waiting_key = None;
+    while let Some(event) = console.next().await {
+        let ConsoleEvent::Seen(Seen::Output(bytes)) = event else { continue };
+        pending.extend_from_slice(&bytes);
+        while let Some(end) = pending.iter().position(|byte| *byte == b'\n') {
+            let line: Vec<u8> = pending.drain(..=end).collect();
+            log.send_modify(|log| log.line(&String::from_utf8_lossy(&line[..end])));
         }
-        tokio::select! {
-            read = from.read(&mut buffer) => {
-                let Ok(n @ 1..) = read else { return };
-                pending.extend_from_slice(&buffer[..n]);
-                while let Some(end) = pending.iter().position(|byte| *byte == b'\n') {
-                    let line: Vec<u8> = pending.drain(..=end).collect();
-                    log.send_modify(|log| log.line(&String::from_utf8_lossy(&line[..end])));
-                }
-                if pending.len() > MAX_LINE {
-                    pending.clear();
-                }
-            }
-            key = keys.recv(), if waiting_key.is_none() => match key {
-                Some(key) => *waiting_key = Some(key),
-                None => return,
-            },
+        if pending.len() > MAX_LINE {
+            pending.clear();
         }
     }
 }

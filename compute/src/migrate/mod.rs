@@ -25,6 +25,7 @@ mod pages_out;
 mod report;
 mod signal;
 mod source;
+mod state;
 pub mod stop_points;
 mod target;
 mod tls;

@@ -13,7 +13,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use vmove_devices::{ConsoleSink, DiskHandle};
+use vmove_devices::DiskHandle;
 use vmove_mirror::{
     digest,
     journal::MoveId,
@@ -34,12 +34,15 @@ use super::{
     listen::Listener,
     pages_in::PagesIn,
     source::at,
-    stop_points,
+    state, stop_points,
 };
 use crate::{
     machine::{DiskConfig, DiskSource, Machine, MachineConfig, PreparedMachine},
     memory::GuestRam,
-    process::protocol::{DiskPlacement, IdentityPaths, IncomingSpec, Listening, VmDefinition},
+    process::{
+        console::Console,
+        protocol::{DiskPlacement, IdentityPaths, IncomingSpec, Listening, VmDefinition},
+    },
 };
 
 /// How long the source may take to connect after it was told where.
@@ -58,7 +61,7 @@ pub struct TargetMove {
     /// The VM's journal on this host.
     pub journal: Arc<Mutex<VmJournal>>,
     /// Where the guest's console goes.
-    pub console: ConsoleSink,
+    pub console: Console,
     /// The engine's mailbox; whoever holds the sender may resolve or cancel.
     pub events: (Sender<Event>, Receiver<Event>),
     /// Set while the source's commit is awaited and cannot be heard.
@@ -99,7 +102,7 @@ impl TargetMove {
         disks: Vec<DiskPlacement>,
         identity: Option<&IdentityPaths>,
         journal: Arc<Mutex<VmJournal>>,
-        console: ConsoleSink,
+        console: Console,
         events: (Sender<Event>, Receiver<Event>),
     ) -> Result<(Self, Listening), MoveError> {
         let ip: IpAddr = spec
@@ -312,7 +315,7 @@ impl Driver {
                 })
                 .collect(),
         };
-        let prepared = Machine::prepare(config, ram, Arc::clone(&self.task.console));
+        let prepared = Machine::prepare(config, ram, self.task.console.sink());
         self.prepared = Some(prepared.map_err(|e| MoveError::Machine(format!("prepare the machine: {e}")))?);
         Ok(())
     }
@@ -320,15 +323,7 @@ impl Driver {
     fn load(&mut self, bytes: &[u8]) -> Result<(), MoveError> {
         let prepared =
             self.prepared.take().ok_or_else(|| MoveError::Machine("no machine was prepared".into()))?;
-        let (sections, rest) = postcard::take_from_bytes(bytes)
-            .map_err(|e| MoveError::Machine(format!("the saved state cannot be read: {e}")))?;
-        if !rest.is_empty() {
-            return Err(MoveError::Machine("the saved state has bytes left over".into()));
-        }
-        let machine = prepared
-            .restore(sections)
-            .map_err(|e| MoveError::Machine(format!("load the saved state: {e}")))?;
-        self.machine = Some(machine);
+        self.machine = Some(state::load(prepared, &self.task.console, bytes)?);
         Ok(())
     }
 

@@ -5,11 +5,11 @@
 //! | [`protocol`] | what agent and process say to each other |
 //! | `owner` | the process's main thread: boot or arrival, moves, the end |
 //! | `control` | the socket on which the agent asks |
-//! | `console` | the guest's serial console and its watchers |
+//! | [`console`] | the guest's serial console and its watchers |
 //!
 //! Never enters: many VMs, users, policy.
 
-mod console;
+pub mod console;
 mod control;
 mod owner;
 pub mod protocol;

@@ -16,10 +16,8 @@ use std::{
         mpsc::{self, Receiver, Sender},
     },
     thread,
-    time::{Duration, Instant},
 };
 
-use vmove_devices::ConsoleSink;
 use vmove_mirror::{
     journal::{self, MoveId, Record, Standing},
     source, target,
@@ -27,7 +25,10 @@ use vmove_mirror::{
 use vmove_storage::{BackingPolicy, OpenOptions, Owner, OwnerState, Stamp};
 
 use super::{
-    console::Console,
+    console::{
+        Console,
+        wire::{MAX_TEXT, ServerMsg},
+    },
     control,
     protocol::{
         CONSOLE_SOCKET, CONTROL_SOCKET, DiskPlacement, ImageShape, IncomingSpec, JOURNAL_FILE, LAUNCH_FILE,
@@ -38,9 +39,6 @@ use crate::{
     machine::{DiskConfig, DiskSource, ExitReason, Machine, MachineConfig},
     migrate::{MoveError, ProgressBoard, SourceEnd, SourceMove, TargetEnd, TargetMove, VmJournal, placement},
 };
-
-/// How long typed keys wait for a guest that takes them.
-const PATIENCE: Duration = Duration::from_secs(5);
 
 /// Why the process ended other than by plan.
 #[derive(Debug, thiserror::Error)]
@@ -113,6 +111,7 @@ struct Shared {
     state: Mutex<State>,
     journal: Arc<Mutex<VmJournal>>,
     board: Arc<ProgressBoard>,
+    console: Console,
     wake: Sender<Wake>,
 }
 
@@ -152,23 +151,39 @@ pub fn run(dir: &Path) -> Result<(), ProcessError> {
         }),
         journal: Arc::new(Mutex::new(journal)),
         board: Arc::new(ProgressBoard::new(&dir.join("moves"))),
+        console: match spec.start {
+            Start::Boot => Console::new(uuid::Uuid::new_v4().into_bytes()),
+            Start::Incoming(_) => Console::arriving(),
+        },
         wake,
     });
-    let console = Console::default();
     let machine = match &spec.start {
         Start::Boot => {
             own(&shared)?;
-            let machine = boot(&shared, &console)?;
-            serve(&shared, &console)?;
+            let machine = boot(&shared)?;
+            serve(&shared)?;
             machine.resume()?;
             machine
         }
-        Start::Incoming(incoming) => match arrive(&shared, &console, incoming)? {
+        Start::Incoming(incoming) => match arrive(&shared, incoming)? {
             Some(machine) => machine,
             None => return Ok(()),
         },
     };
-    live(&shared, &console, machine, &woken)
+    let left = live(&shared, machine, &woken);
+    shared.console.end(match &left {
+        Ok(Left::For(host)) => ServerMsg::Moved { host: host.clone() },
+        Ok(Left::Stopped) => ServerMsg::Ended { reason: "the VM has stopped".into() },
+        Err(error) => ServerMsg::Ended { reason: error.to_string().chars().take(MAX_TEXT / 4).collect() },
+    });
+    left.map(|_| ())
+}
+
+/// How a VM that ran here has left.
+enum Left {
+    /// It runs on another host now.
+    For(String),
+    Stopped,
 }
 
 fn file(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> ProcessError {
@@ -227,7 +242,7 @@ fn sync_definition(state: &mut State) {
     }
 }
 
-fn boot(shared: &Shared, console: &Console) -> Result<Arc<Machine>, ProcessError> {
+fn boot(shared: &Shared) -> Result<Arc<Machine>, ProcessError> {
     let mut state = shared.lock();
     let spec = &state.spec;
     let disks = spec
@@ -254,44 +269,28 @@ fn boot(shared: &Shared, console: &Console) -> Result<Arc<Machine>, ProcessError
         cmdline: spec.vm.cmdline.clone(),
         disks,
     };
-    let machine = Arc::new(Machine::boot(config, sink(console))?);
+    let machine = Arc::new(Machine::boot(config, shared.console.sink())?);
     state.machine = Some(Arc::clone(&machine));
     Ok(machine)
 }
 
-fn sink(console: &Console) -> ConsoleSink {
-    Arc::new(Mutex::new(console.clone()))
-}
-
-fn serve(shared: &Arc<Shared>, console: &Console) -> Result<(), ProcessError> {
+fn serve(shared: &Arc<Shared>) -> Result<(), ProcessError> {
     let typed = Arc::clone(shared);
     let path = shared.dir.join(CONSOLE_SOCKET);
-    console.serve(&path, move |bytes| type_in(&typed, bytes)).map_err(file("listen on", &path))?;
+    shared.console.serve(&path, move |keys| type_in(&typed, keys)).map_err(file("listen on", &path))?;
     let asked = Arc::clone(shared);
     let path = shared.dir.join(CONTROL_SOCKET);
     control::serve(&path, move |request| answer(&asked, request)).map_err(file("listen on", &path))
 }
 
-/// Gives the guest what a watcher types. A guest that arrives may be seen to run a moment before the machine is known here, and one
-/// that does not read for a while has little room: neither loses keys at once.
-fn type_in(shared: &Shared, mut bytes: &[u8]) {
-    let end = Instant::now() + PATIENCE;
-    while !bytes.is_empty() && Instant::now() < end {
-        let machine = shared.lock().machine.clone();
-        let taken = machine.map_or(0, |machine| machine.console_input(bytes));
-        bytes = &bytes[taken..];
-        if taken == 0 {
-            thread::sleep(Duration::from_millis(5));
-        }
-    }
+/// Gives the guest what a watcher types, as far as it has room. A guest that arrives, or starts again, has none.
+fn type_in(shared: &Shared, keys: &[u8]) -> usize {
+    let machine = shared.lock().machine.clone();
+    machine.map_or(0, |machine| machine.console_input(keys))
 }
 
 /// Takes a VM in; none if it did not come.
-fn arrive(
-    shared: &Arc<Shared>,
-    console: &Console,
-    incoming: &IncomingSpec,
-) -> Result<Option<Arc<Machine>>, ProcessError> {
+fn arrive(shared: &Arc<Shared>, incoming: &IncomingSpec) -> Result<Option<Arc<Machine>>, ProcessError> {
     let (vm, generation, disks, identity) = {
         let state = shared.lock();
         (state.spec.vm.clone(), state.generation, state.disks.clone(), state.spec.identity.clone())
@@ -304,7 +303,7 @@ fn arrive(
         disks,
         identity.as_ref(),
         Arc::clone(&shared.journal),
-        sink(console),
+        shared.console.clone(),
         (sender.clone(), inbox),
     )?;
     {
@@ -313,7 +312,7 @@ fn arrive(
         state.undecided = Some(Arc::clone(&arrival.undecided));
         state.listening = Some(listening);
     }
-    serve(shared, console)?;
+    serve(shared)?;
     match arrival.run() {
         TargetEnd::Running(machine) => {
             let machine = Arc::new(*machine);
@@ -337,10 +336,9 @@ fn arrive(
 /// A running VM, until it ends here.
 fn live(
     shared: &Arc<Shared>,
-    console: &Console,
     mut machine: Arc<Machine>,
     woken: &Receiver<Wake>,
-) -> Result<(), ProcessError> {
+) -> Result<Left, ProcessError> {
     watch(shared, &machine);
     loop {
         match woken.recv() {
@@ -349,8 +347,8 @@ fn live(
                 return end(shared, machine);
             }
             Ok(Wake::MoveEnded(end_of_move)) => {
-                if settled(shared, end_of_move)? == Here::Gone {
-                    return Ok(());
+                if let Some(host) = settled(shared, end_of_move)? {
+                    return Ok(Left::For(host));
                 }
             }
             Ok(Wake::GuestEnded(reason)) => {
@@ -361,8 +359,8 @@ fn live(
                     loop {
                         match woken.recv() {
                             Ok(Wake::MoveEnded(end_of_move)) => {
-                                if settled(shared, end_of_move)? == Here::Gone {
-                                    return Ok(());
+                                if let Some(host) = settled(shared, end_of_move)? {
+                                    return Ok(Left::For(host));
                                 }
                                 break;
                             }
@@ -376,7 +374,7 @@ fn live(
                     ExitReason::Reset => {
                         shared.lock().machine = None;
                         stop(machine)?;
-                        machine = boot(shared, console)?;
+                        machine = boot(shared)?;
                         machine.resume()?;
                         watch(shared, &machine);
                     }
@@ -391,15 +389,8 @@ fn live(
     }
 }
 
-/// Whether the VM is still this process's after a move.
-#[derive(PartialEq, Eq)]
-enum Here {
-    Stays,
-    Gone,
-}
-
-/// Takes in how a move ended.
-fn settled(shared: &Shared, end_of_move: SourceEnd) -> Result<Here, ProcessError> {
+/// Takes in how a move ended; gives the host on which the VM is now, if it is not this process's any more.
+fn settled(shared: &Shared, end_of_move: SourceEnd) -> Result<Option<String>, ProcessError> {
     let mut state = shared.lock();
     match end_of_move {
         SourceEnd::Stayed => state.moving = None,
@@ -409,14 +400,14 @@ fn settled(shared: &Shared, end_of_move: SourceEnd) -> Result<Here, ProcessError
             state.generation = generation;
             sync_definition(&mut state);
         }
-        SourceEnd::Moved { .. } => {
+        SourceEnd::Moved { host, .. } => {
             state.run = RunState::Leaving;
             state.machine = None;
-            return Ok(Here::Gone);
+            return Ok(Some(host));
         }
         SourceEnd::Fenced(why) => return Err(ProcessError::Settle(why)),
     }
-    Ok(Here::Stays)
+    Ok(None)
 }
 
 /// Reports the guest's end to the main thread. Holds no machine alive that was replaced or moved away.
@@ -430,9 +421,10 @@ fn watch(shared: &Arc<Shared>, machine: &Arc<Machine>) {
     }
 }
 
-fn end(shared: &Shared, machine: Arc<Machine>) -> Result<(), ProcessError> {
+fn end(shared: &Shared, machine: Arc<Machine>) -> Result<Left, ProcessError> {
     shared.lock().machine = None;
-    stop(machine)
+    stop(machine)?;
+    Ok(Left::Stopped)
 }
 
 /// Pauses the guest, then closes its images cleanly.
@@ -550,6 +542,7 @@ fn begin_move(shared: &Arc<Shared>, order: MoveOrder) -> Result<(), String> {
     let (sender, inbox) = mpsc::channel();
     let task = SourceMove {
         machine,
+        console: shared.console.clone(),
         journal: Arc::clone(&shared.journal),
         vm: state.spec.vm.clone(),
         generation: state.generation,

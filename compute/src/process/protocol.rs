@@ -13,7 +13,7 @@ use utoipa::ToSchema;
 pub const LAUNCH_FILE: &str = "launch.json";
 /// Control socket in the VM's directory.
 pub const CONTROL_SOCKET: &str = "control.sock";
-/// Raw serial console in the VM's directory: connect to read (recent output first) and to write.
+/// Serial console in the VM's directory, by the messages of [`wire`](super::console::wire).
 pub const CONSOLE_SOCKET: &str = "console.sock";
 /// The VM's ownership journal in its directory (`vmove_mirror::journal` records in a `vmove_storage::JournalFile`).
 pub const JOURNAL_FILE: &str = "journal";

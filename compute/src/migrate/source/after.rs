@@ -106,7 +106,7 @@ impl Driver {
                 if retire {
                     self.task.disks.iter().for_each(|old| self.task.retire(old));
                 }
-                SourceEnd::Moved { confirmed }
+                SourceEnd::Moved { host: self.task.order.to.host.clone(), confirmed }
             }
         };
         self.task.board.finish(report, warning);

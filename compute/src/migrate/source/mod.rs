@@ -33,13 +33,16 @@ use super::{
     pace::Pace,
     pages_out::PagesOut,
     report::{self, Meter},
-    stop_points,
+    state, stop_points,
 };
 use peer::Peer;
 
 use crate::{
     machine::Machine,
-    process::protocol::{DiskPlacement, IdentityPaths, ImageShape, MoveOrder, VmDefinition},
+    process::{
+        console::Console,
+        protocol::{DiskPlacement, IdentityPaths, ImageShape, MoveOrder, VmDefinition},
+    },
 };
 
 /// How often the engine's state is shown when nothing happens.
@@ -55,6 +58,8 @@ const STALL: Duration = Duration::from_secs(10);
 pub struct SourceMove {
     /// The running machine.
     pub machine: Arc<Machine>,
+    /// Its console, whose state travels too.
+    pub console: Console,
     /// The VM's journal.
     pub journal: Arc<Mutex<VmJournal>>,
     /// The order.
@@ -89,6 +94,8 @@ pub enum SourceEnd {
     },
     /// The VM is the target's; end the machine. Images may be retired if the target has confirmed.
     Moved {
+        /// Where it is now.
+        host: String,
         /// Whether the target has said that it runs.
         confirmed: bool,
     },
@@ -117,6 +124,7 @@ struct Driver {
 /// [`SourceMove`] without its receiving end.
 struct Parts {
     machine: Arc<Machine>,
+    console: Console,
     journal: Arc<Mutex<VmJournal>>,
     order: MoveOrder,
     vm: VmDefinition,
@@ -144,6 +152,7 @@ impl SourceMove {
         let mut driver = Driver {
             task: Parts {
                 machine: self.machine,
+                console: self.console,
                 journal: self.journal,
                 order: self.order,
                 vm: self.vm,
@@ -376,7 +385,7 @@ impl Driver {
                 self.post(Event::Paused);
             }
             Action::DrainDisks => self.drain(),
-            Action::SaveState => match save_state(&machine) {
+            Action::SaveState => match state::save(&machine, &self.task.console) {
                 Ok(bytes) => self.post(Event::StateSaved(bytes)),
                 Err(error) => self.post(Event::Failed(error.to_string())),
             },
@@ -403,6 +412,7 @@ impl Driver {
                 if let Err(error) = machine.resume() {
                     tracing::error!(%error, "the guest cannot go on");
                 }
+                self.task.console.go_on();
             }
             Action::Finish { reason, cancelled } => {
                 self.mirrors = Arc::new(Vec::new());
@@ -520,11 +530,6 @@ pub fn at(place: &DiskPlacement) -> DiskAt {
         datastore: place.datastore.clone(),
         path: place.path.to_string_lossy().into_owned(),
     }
-}
-
-fn save_state(machine: &Machine) -> Result<Vec<u8>, MoveError> {
-    let sections = machine.save_state().map_err(|e| MoveError::Machine(e.to_string()))?;
-    postcard::to_stdvec(&sections).map_err(|e| MoveError::Machine(format!("encode the state: {e}")))
 }
 
 /// Names of the stop points, in the order a move meets them.
