@@ -12,6 +12,7 @@
 //! | [`peer`] | TLS connections of friends and strangers to an agent |
 //! | [`images`] | what `qemu-img` and the file system say of images |
 //! | [`model`] | the ownership rule in a world so small that every state of it is visited |
+//! | [`decoders`], [`seeds`] | every decoder of bytes from outside, and valid bytes for each |
 //! | [`wait`], [`kvm`] | waiting for events; what this machine lacks |
 //!
 //! Never enters: short cuts into the product. What a test changes or asks goes through the command line, the sockets or the files
@@ -20,6 +21,7 @@
 
 pub mod cluster;
 pub mod console;
+pub mod decoders;
 pub mod guest;
 pub mod images;
 pub mod kvm;
@@ -28,5 +30,6 @@ pub mod peer;
 pub mod processes;
 pub mod relay;
 pub mod runners;
+pub mod seeds;
 pub mod stops;
 pub mod wait;

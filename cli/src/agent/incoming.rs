@@ -432,7 +432,8 @@ fn accepted<'a>(arrivals: &'a mut Arrivals, from: &str, move_id: &str) -> Result
 }
 
 /// What an offer must be before it is looked at any further.
-fn check_offer(from: &str, offer: &Offer) -> Result<(), ApiError> {
+/// Checks an offer by itself: names, counts, sizes, and that it is made in the caller's own name.
+pub fn check_offer(from: &str, offer: &Offer) -> Result<(), ApiError> {
     MoveId::new(offer.move_id.clone()).map_err(|e| ApiError::invalid(e.to_string()))?;
     if offer.from_host != from {
         return Err(ApiError::forbidden(format!(

@@ -27,6 +27,12 @@ pub enum StateError {
         /// The encoder's answer.
         source: postcard::Error,
     },
+    /// The bytes are no list of sections.
+    #[error("no list of sections: {0}")]
+    Malformed(postcard::Error),
+    /// The list of sections ends before the bytes do.
+    #[error("{0} bytes left over after the last section")]
+    LeftOverBytes(usize),
     /// The bytes are not a value of the expected type.
     #[error("cannot decode section {name:?} version {version}: {source}")]
     Decode {
@@ -121,6 +127,15 @@ impl Section {
             return Err(StateError::Trailing { name: self.name.clone(), version, bytes: rest.len() });
         }
         Ok(value)
+    }
+}
+
+/// Reads the list of a machine's sections (postcard), every byte of it.
+pub fn decode(bytes: &[u8]) -> Result<Vec<Section>, StateError> {
+    match postcard::take_from_bytes(bytes) {
+        Ok((sections, [])) => Ok(sections),
+        Ok((_, rest)) => Err(StateError::LeftOverBytes(rest.len())),
+        Err(error) => Err(StateError::Malformed(error)),
     }
 }
 

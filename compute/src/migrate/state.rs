@@ -2,7 +2,7 @@
 //!
 //! Lives here: what belongs into it. Never enters: RAM, disks, where the bytes go.
 
-use vmove_devices::state::Section;
+use vmove_devices::state;
 
 use super::MoveError;
 use crate::{
@@ -22,10 +22,7 @@ pub fn save(machine: &Machine, console: &Console) -> Result<Vec<u8>, MoveError> 
 /// Puts a saved state (untrusted) into a machine that waits for it, and into its console.
 pub fn load(prepared: PreparedMachine, console: &Console, bytes: &[u8]) -> Result<Machine, MoveError> {
     let failed = |e: &dyn std::fmt::Display| MoveError::Machine(format!("load the saved state: {e}"));
-    let (mut sections, rest) = postcard::take_from_bytes::<Vec<Section>>(bytes).map_err(|e| failed(&e))?;
-    if !rest.is_empty() {
-        return Err(failed(&"it has bytes left over"));
-    }
+    let mut sections = state::decode(bytes).map_err(|e| failed(&e))?;
     console.restore(&mut sections).map_err(|e| failed(&e))?;
     prepared.restore(sections).map_err(|e| failed(&e))
 }
