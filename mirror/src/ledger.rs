@@ -206,6 +206,11 @@ impl BlocksLedger {
         Ok(())
     }
 
+    /// Operations behind the highest one that was acknowledged.
+    pub fn unacked(&self) -> usize {
+        self.pending.len()
+    }
+
     /// The connection is gone and the target has `ops` operations: those behind were never sent.
     pub fn roll_back(&mut self, ops: u64) -> Result<(), Impossible> {
         self.check(ops)?;

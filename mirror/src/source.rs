@@ -554,6 +554,7 @@ impl Source {
         if self.lost.0 == Phase::Setup {
             // The target has not said, or not been heard to say, that it is ready: nothing was sent yet.
             self.phase = Phase::Setup;
+            out.push(Action::Restore(Arrived::default()));
             self.tell_setup(out);
         } else {
             self.phase = Phase::Resuming;

@@ -58,6 +58,7 @@ mod tests {
             round: 0,
             rate: 0,
             dirty_rate: 0,
+            reconnects: 0,
             left_ms: None,
             report: None,
             error: error.map(str::to_owned),

@@ -316,6 +316,7 @@ mod tests {
             round: 1,
             rate: 0,
             dirty_rate: 0,
+            reconnects: 0,
             left_ms: None,
             report: outcome.map(|outcome| MoveReport {
                 vm: "vm1".into(),
@@ -327,6 +328,7 @@ mod tests {
                 downtime: DowntimeParts::default(),
                 memory: MemoryReport::default(),
                 disks: Vec::new(),
+                reconnects: 0,
                 verified: true,
                 digest: String::new(),
                 reason: None,

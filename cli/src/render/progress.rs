@@ -159,6 +159,7 @@ mod tests {
             round,
             rate: 0,
             dirty_rate: 0,
+            reconnects: 0,
             left_ms: None,
             report: None,
             error: None,

@@ -84,6 +84,9 @@ pub fn report(report: &MoveReport) -> String {
             units::size(disk.virtual_bytes)
         );
     }
+    if report.reconnects > 0 {
+        let _ = writeln!(text, "  link: lost and made again {} times", report.reconnects);
+    }
     if report.verified {
         text.push_str("  verified: both sides agreed before the commit\n");
     }

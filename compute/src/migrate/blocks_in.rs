@@ -1,5 +1,6 @@
 //! The block stream at the target: a thread that reads and checks frames, a task on the disk's own thread that applies them.
 //!
+//! The task stays for the whole move; the threads end with their connection and begin anew with the next.
 //! Lives here: applying operations to an image that nothing else uses yet. Never enters: guests, decisions.
 
 use std::{
@@ -8,15 +9,17 @@ use std::{
     rc::Rc,
     sync::{
         Arc, Mutex, PoisonError,
-        mpsc::{self, Receiver, Sender},
+        mpsc::{self, Receiver, Sender, SyncSender},
     },
-    thread,
+    thread::{self, JoinHandle},
 };
 
 use vmove_devices::disk::{DiskContext, DiskHandle};
 use vmove_mirror::{
     digest::checksum,
+    ledger::{BlocksProof, BlocksTally},
     wire::{
+        WireError,
         blocks::{BlockAck, BlockHead, BlockOp},
         frame::Kind,
     },
@@ -25,7 +28,6 @@ use vmove_storage::{AlignedBuf, BlockDevice, BlockError, OpenOptions};
 
 use super::{
     MoveError, audit,
-    blocks_out::{BlocksProof, BlocksTally},
     inbox::{Inbox, Outbox},
     link::{Link, LinkCloser, LinkReceiver, LinkSender},
     signal::Signal,
@@ -43,8 +45,13 @@ pub enum Image {
 }
 
 enum Command {
-    Apply(BlockHead, Option<AlignedBuf>),
-    Finish { audit: bool, reply: Sender<Result<Finished, BlockError>> },
+    Apply(BlockHead, Option<AlignedBuf>, Sender<BlockAck>),
+    /// Answered when nothing is being applied.
+    Idle(Sender<()>),
+    Finish {
+        audit: bool,
+        reply: Sender<Result<Finished, BlockError>>,
+    },
     Pivot(Sender<Result<(), MoveError>>),
 }
 
@@ -58,26 +65,20 @@ pub struct Finished {
 /// Handle of a disk's arrival; dropping it ends the stream (and closes an image that was not pivoted to).
 pub struct BlocksIn {
     name: String,
+    disk_bytes: u64,
     commands: Inbox<Command>,
-    closer: LinkCloser,
+    budget: SyncSender<()>,
     tally: Arc<Mutex<BlocksTally>>,
+    connection: Option<(LinkCloser, JoinHandle<()>)>,
 }
 
 impl BlocksIn {
-    /// Applies what comes over `link`. `lost` is called once if the stream ends or turns out to be nonsense.
-    pub fn start(
-        disk: &DiskHandle,
-        image: Image,
-        link: Link,
-        lost: impl FnOnce(MoveError) + Send + 'static,
-    ) -> Result<Self, MoveError> {
-        let (sender, receiver, closer) = link.split().map_err(MoveError::io("block stream"))?;
+    /// Opens the image and gets ready to apply what comes.
+    pub fn start(disk: &DiskHandle, image: Image) -> Result<Self, MoveError> {
         let (commands, outbox) = Inbox::new().map_err(MoveError::io("create an event"))?;
-        let (acks, to_send) = mpsc::channel();
         let (opened, opening) = mpsc::channel();
         let (budget, spend) = mpsc::sync_channel(READ_AHEAD);
-        let tally = Arc::new(Mutex::new(BlocksTally::default()));
-        let (name, size) = (disk.name().to_owned(), disk.size());
+        let name = disk.name().to_owned();
         disk.run(Box::new(move |context| {
             Box::pin(async move {
                 let device = match image {
@@ -89,7 +90,7 @@ impl BlocksIn {
                 match device {
                     Ok(device) => {
                         if opened.send(Ok(())).is_ok() {
-                            serve(&context, device, &outbox, &acks, spend).await;
+                            serve(&context, device, &outbox, spend).await;
                         }
                     }
                     Err(error) => drop(opened.send(Err(error))),
@@ -99,19 +100,47 @@ impl BlocksIn {
         .map_err(|e| MoveError::Machine(e.to_string()))?;
         let gone = |_| MoveError::Machine(format!("the thread of disk {name} has ended"));
         opening.recv().map_err(gone)?.map_err(MoveError::disk(&name))?;
-        let thread = |what: &str| thread::Builder::new().name(format!("{what}-{name}"));
+        Ok(Self { name, disk_bytes: disk.size(), commands, budget, tally: Arc::default(), connection: None })
+    }
+
+    /// Applies what comes over `link`. `lost` is called once if the stream ends or turns out to be nonsense.
+    pub fn connect(
+        &mut self,
+        link: Link,
+        lost: impl FnOnce(MoveError) + Send + 'static,
+    ) -> Result<(), MoveError> {
+        let (sender, receiver, closer) = link.split().map_err(MoveError::io("block stream"))?;
+        let (acks, to_send) = mpsc::channel();
+        let thread = |what: &str| thread::Builder::new().name(format!("{what}-{}", self.name));
         thread("blocks-acks")
             .spawn(move || send_acks(sender, &to_send))
             .map_err(MoveError::io("start a thread"))?;
-        let (to_apply, shared) = (commands.clone(), Arc::clone(&tally));
-        thread("blocks-in")
+        let (commands, budget, tally) = (self.commands.clone(), self.budget.clone(), Arc::clone(&self.tally));
+        let disk_bytes = self.disk_bytes;
+        let reader = thread("blocks-in")
             .spawn(move || {
-                if let Err(error) = read_ops(receiver, size, &to_apply, &budget, &shared) {
+                if let Err(error) = read_ops(receiver, disk_bytes, &commands, &acks, &budget, &tally) {
                     lost(error);
                 }
             })
             .map_err(MoveError::io("start a thread"))?;
-        Ok(Self { name, commands, closer, tally })
+        self.connection = Some((closer, reader));
+        Ok(())
+    }
+
+    /// Ends the connection, if there is one; gives how many operations have arrived. None of them is being applied any more, and the
+    /// connection's threads report nothing more.
+    pub fn end_connection(&mut self) -> Result<u64, MoveError> {
+        if let Some((closer, reader)) = self.connection.take() {
+            closer.close();
+            if reader.join().is_err() {
+                return Err(MoveError::Machine(format!("the reader of disk {} has panicked", self.name)));
+            }
+        }
+        let (reply, idle) = mpsc::channel();
+        self.commands.put(Command::Idle(reply));
+        idle.recv().map_err(|_| self.gone())?;
+        Ok(self.tally.lock().unwrap_or_else(PoisonError::into_inner).ops())
     }
 
     /// What has arrived so far.
@@ -140,7 +169,9 @@ impl BlocksIn {
 
 impl Drop for BlocksIn {
     fn drop(&mut self) {
-        self.closer.close();
+        if let Some((closer, _)) = &self.connection {
+            closer.close();
+        }
     }
 }
 
@@ -148,7 +179,8 @@ fn read_ops(
     mut receiver: LinkReceiver,
     disk_bytes: u64,
     commands: &Inbox<Command>,
-    budget: &mpsc::SyncSender<()>,
+    acks: &Sender<BlockAck>,
+    budget: &SyncSender<()>,
     tally: &Mutex<BlocksTally>,
 ) -> Result<(), MoveError> {
     loop {
@@ -163,7 +195,7 @@ fn read_ops(
                 let mut data = AlignedBuf::zeroed(op.len as usize);
                 receiver.receive(data.as_mut_slice()).map_err(MoveError::io("receive blocks"))?;
                 if checksum(data.as_slice()) != sum {
-                    let error = vmove_mirror::wire::WireError::Checksum("a block");
+                    let error = WireError::Checksum("a block");
                     return Err(MoveError::wire("block stream")(error));
                 }
                 Some(data)
@@ -171,9 +203,16 @@ fn read_ops(
             _ => None,
         };
         let frame = op.encode().map_err(MoveError::wire("block stream"))?;
-        tally.lock().unwrap_or_else(PoisonError::into_inner).add(&frame, op.data_bytes());
+        {
+            let mut tally = tally.lock().unwrap_or_else(PoisonError::into_inner);
+            if op.seq != tally.ops() + 1 {
+                let error = WireError::Malformed("block operation: not the next one");
+                return Err(MoveError::wire("block stream")(error));
+            }
+            tally.add(&frame, op.data_bytes());
+        }
         // Back-pressure: a slow disk stops the socket, not this host's memory.
-        if budget.send(()).is_err() || !commands.put(Command::Apply(op, data)) {
+        if budget.send(()).is_err() || !commands.put(Command::Apply(op, data, acks.clone())) {
             return Ok(());
         }
     }
@@ -222,14 +261,13 @@ async fn serve(
     context: &DiskContext,
     device: Rc<BlockDevice>,
     outbox: &Outbox<Command>,
-    acks: &Sender<BlockAck>,
     spend: Receiver<()>,
 ) {
     let spend = Rc::new(spend);
     let in_flight = Rc::new(InFlight::default());
     while let Some(command) = outbox.next(context.ring()).await {
         match command {
-            Command::Apply(op, data) => {
+            Command::Apply(op, data, acks) => {
                 if op.op == BlockOp::Flush {
                     in_flight.idle().await;
                     let done = report(op, device.flush().await);
@@ -237,7 +275,7 @@ async fn serve(
                     let _ = spend.try_recv();
                     continue;
                 }
-                let (device, acks, counter) = (Rc::clone(&device), acks.clone(), Rc::clone(&in_flight));
+                let (device, counter) = (Rc::clone(&device), Rc::clone(&in_flight));
                 let spend = Rc::clone(&spend);
                 counter.count.set(counter.count.get() + 1);
                 context.ring().spawn(async move {
@@ -251,6 +289,10 @@ async fn serve(
                     // Only now: a source that does not wait for answers must not fill this host's memory.
                     let _ = spend.try_recv();
                 });
+            }
+            Command::Idle(reply) => {
+                in_flight.idle().await;
+                let _ = reply.send(());
             }
             Command::Finish { audit, reply } => {
                 in_flight.idle().await;

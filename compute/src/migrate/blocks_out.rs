@@ -1,5 +1,6 @@
 //! The mirror of one disk at the source: the tap between the guest's writes and its image, the background copy, the block stream.
 //!
+//! The tap stays for the whole move; the stream's threads end with their connection and begin anew with the next.
 //! Lives here: carrying out what `vmove_mirror::block` decides, on the disk's own thread. Never enters: which range when.
 
 use std::{
@@ -8,10 +9,10 @@ use std::{
     ops::Range,
     rc::Rc,
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc, Mutex, MutexGuard, PoisonError,
         mpsc::{self, Receiver, Sender},
     },
-    thread,
+    thread::{self, JoinHandle},
     time::{Duration, Instant},
 };
 
@@ -20,7 +21,8 @@ use vm_memory::Bytes;
 use vmove_devices::disk::{DiskContext, DiskHandle, GuestSlice, WriteTap, ZeroKind};
 use vmove_mirror::{
     block::{Action, BlockMirror, Content, Event, GuestOp, OpId, Piece, State, Stats},
-    digest::{BlockChain, checksum},
+    digest::checksum,
+    ledger::{BlocksLedger, BlocksProof},
     source,
     wire::{
         blocks::{BlockAck, BlockHead, BlockOp, MAX_WRITE},
@@ -41,42 +43,15 @@ use crate::memory::is_zero;
 /// Bytes looked at together when zeroes are cut out of copied data.
 const ZERO_UNIT: usize = 4096;
 
-/// What went over a block stream, as one side saw it.
-#[derive(Debug, Clone, Copy, Default)]
-pub struct BlocksProof {
-    /// BLAKE3 chain over all operations.
-    pub digest: [u8; 32],
-    /// Operations.
-    pub ops: u64,
-    /// Bytes of data.
-    pub bytes: u64,
-}
-
-/// The chain and counters behind a [`BlocksProof`].
-#[derive(Debug, Default)]
-pub struct BlocksTally {
-    chain: BlockChain,
-    ops: u64,
-    bytes: u64,
-}
-
-impl BlocksTally {
-    /// Counts an operation; `frame` is its encoded head.
-    pub fn add(&mut self, frame: &[u8], bytes: u64) {
-        self.chain.add(frame);
-        self.ops += 1;
-        self.bytes += bytes;
-    }
-
-    /// The proof so far.
-    pub fn proof(&self) -> BlocksProof {
-        BlocksProof { digest: self.chain.digest(), ops: self.ops, bytes: self.bytes }
-    }
-}
-
 enum Command {
     Acked(BlockAck),
-    Lost,
+    /// The connection is gone.
+    Away,
+    /// There is another one.
+    Back {
+        arrived: u64,
+        wire: Sender<Item>,
+    },
     Drain,
     Audit(Sender<Result<[u8; 32], BlockError>>),
     Detach(Sender<()>),
@@ -87,14 +62,29 @@ struct Item {
     data: Option<(Arc<AlignedBuf>, Range<usize>)>,
 }
 
+/// What the stream's threads and the handle share.
+struct Stream {
+    ledger: BlocksLedger,
+    /// When the target was last heard of, or began to owe an answer.
+    heard: Instant,
+}
+
+/// One connection and the threads on it.
+struct Connection {
+    closer: LinkCloser,
+    threads: [JoinHandle<()>; 2],
+}
+
 /// Handle of a disk's mirror; dropping it takes the mirror out of the guest's way.
 pub struct BlocksOut {
     name: String,
     commands: Inbox<Command>,
-    closer: LinkCloser,
-    tally: Arc<Mutex<BlocksTally>>,
+    connection: Mutex<Option<Connection>>,
+    stream: Arc<Mutex<Stream>>,
     stats: Arc<Mutex<Stats>>,
     waiting: Waiting,
+    pace: Arc<Pace>,
+    events: Sender<source::Event>,
 }
 
 /// Guest operations that wait for both images, and since when.
@@ -109,28 +99,20 @@ impl BlocksOut {
         pace: Arc<Pace>,
         events: Sender<source::Event>,
     ) -> Result<Self, MoveError> {
-        let (sender, receiver, closer) = link.split().map_err(MoveError::io("block stream"))?;
         let (commands, outbox) = Inbox::new().map_err(MoveError::io("create an event"))?;
-        let (wire, items) = mpsc::channel();
-        let tally = Arc::new(Mutex::new(BlocksTally::default()));
-        let stats = Arc::new(Mutex::new(Stats::default()));
-        let thread = |name: &str| thread::Builder::new().name(format!("{name}-{}", disk.name()));
-        let (lost, shared) = (commands.clone(), Arc::clone(&tally));
-        thread("blocks-out")
-            .spawn(move || {
-                if let Err(error) = send_items(sender, &items, &pace, &shared) {
-                    tracing::warn!(%error, "block stream");
-                    lost.put(Command::Lost);
-                }
-            })
-            .map_err(MoveError::io("start a thread"))?;
-        let acks = commands.clone();
-        thread("blocks-acks")
-            .spawn(move || read_acks(receiver, &acks))
-            .map_err(MoveError::io("start a thread"))?;
-        let shared = Arc::clone(&stats);
-        let waiting = Waiting::default();
-        let pending = Arc::clone(&waiting);
+        let this = Self {
+            name: disk.name().to_owned(),
+            commands,
+            connection: Mutex::default(),
+            stream: Arc::new(Mutex::new(Stream { ledger: BlocksLedger::default(), heard: Instant::now() })),
+            stats: Arc::default(),
+            waiting: Waiting::default(),
+            pace,
+            events,
+        };
+        let wire = this.connect(link)?;
+        let (stats, waiting, events) =
+            (Arc::clone(&this.stats), Arc::clone(&this.waiting), this.events.clone());
         let size = disk.size();
         disk.run(Box::new(move |context| {
             Box::pin(async move {
@@ -142,16 +124,76 @@ impl BlocksOut {
                     guests: RefCell::default(),
                     copies: RefCell::default(),
                     next_guest: Cell::new(0),
-                    wire,
+                    wire: RefCell::new(Some(wire)),
                     events,
-                    stats: shared,
-                    waiting: pending,
+                    stats,
+                    waiting,
                 });
                 tap.serve(&context, &outbox).await;
             })
         }))
         .map_err(|e| MoveError::Machine(e.to_string()))?;
-        Ok(Self { name: disk.name().to_owned(), commands, closer, tally, stats, waiting })
+        Ok(this)
+    }
+
+    /// Starts the stream's threads on a connection; gives what feeds them.
+    fn connect(&self, link: Link) -> Result<Sender<Item>, MoveError> {
+        let (sender, receiver, closer) = link.split().map_err(MoveError::io("block stream"))?;
+        let (wire, items) = mpsc::channel();
+        self.lock().heard = Instant::now();
+        let thread = |name: &str| thread::Builder::new().name(format!("{name}-{}", self.name));
+        let (stream, pace) = (Arc::clone(&self.stream), Arc::clone(&self.pace));
+        let (away, events) = (self.commands.clone(), self.events.clone());
+        let out = thread("blocks-out")
+            .spawn(move || {
+                if let Err(error) = send_items(sender, &items, &pace, &stream) {
+                    away.put(Command::Away);
+                    let _ = events.send(error.into_source_event());
+                }
+            })
+            .map_err(MoveError::io("start a thread"))?;
+        let (stream, commands, events) =
+            (Arc::clone(&self.stream), self.commands.clone(), self.events.clone());
+        let acks = thread("blocks-acks")
+            .spawn(move || {
+                if let Err(error) = read_acks(receiver, &commands, &stream) {
+                    commands.put(Command::Away);
+                    let _ = events.send(error.into_source_event());
+                }
+            })
+            .map_err(MoveError::io("start a thread"))?;
+        let connection = Connection { closer, threads: [out, acks] };
+        *self.connection.lock().unwrap_or_else(PoisonError::into_inner) = Some(connection);
+        Ok(wire)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Stream> {
+        self.stream.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The connection is gone, or is to be: the guest goes on alone meanwhile.
+    pub fn away(&self) {
+        self.commands.put(Command::Away);
+        self.close();
+    }
+
+    /// Waits for the threads of a connection that was ended by [`BlocksOut::away`].
+    pub fn end_connection(&self) {
+        let connection = self.connection.lock().unwrap_or_else(PoisonError::into_inner).take();
+        for thread in connection.into_iter().flat_map(|connection| connection.threads) {
+            if thread.join().is_err() {
+                tracing::error!(disk = self.name, "a thread of the block stream has panicked");
+            }
+        }
+    }
+
+    /// Goes on over another connection, whose target has `arrived` operations. The last one has ended.
+    pub fn go_on(&self, link: Link, arrived: u64) -> Result<(), MoveError> {
+        let rolled_back = self.lock().ledger.roll_back(arrived);
+        rolled_back.map_err(|e| MoveError::Machine(format!("disk {}: {e}", self.name)))?;
+        let wire = self.connect(link)?;
+        self.commands.put(Command::Back { arrived, wire });
+        Ok(())
     }
 
     /// No guest write will come any more: bring the target to the end and flush it.
@@ -161,7 +203,7 @@ impl BlocksOut {
 
     /// What was sent so far.
     pub fn proof(&self) -> BlocksProof {
-        self.tally.lock().unwrap_or_else(PoisonError::into_inner).proof()
+        self.lock().ledger.proof()
     }
 
     /// Counters so far.
@@ -173,6 +215,12 @@ impl BlocksOut {
     pub fn stalled(&self) -> Option<Duration> {
         let waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
         waiting.first_key_value().map(|(_, since)| since.elapsed())
+    }
+
+    /// How long the target has owed an answer without giving any.
+    pub fn silent(&self) -> Option<Duration> {
+        let stream = self.lock();
+        (stream.ledger.unacked() > 0).then(|| stream.heard.elapsed())
     }
 
     /// BLAKE3 of the whole disk, read now.
@@ -189,13 +237,19 @@ impl BlocksOut {
         if self.commands.put(Command::Detach(reply)) {
             let _ = done.recv();
         }
-        self.closer.close();
+        self.close();
+    }
+
+    fn close(&self) {
+        if let Some(connection) = &*self.connection.lock().unwrap_or_else(PoisonError::into_inner) {
+            connection.closer.close();
+        }
     }
 }
 
 impl Drop for BlocksOut {
     fn drop(&mut self) {
-        self.closer.close();
+        self.close();
     }
 }
 
@@ -203,7 +257,7 @@ fn send_items(
     mut link: LinkSender,
     items: &Receiver<Item>,
     pace: &Pace,
-    tally: &Mutex<BlocksTally>,
+    stream: &Mutex<Stream>,
 ) -> Result<(), MoveError> {
     while let Ok(Item { mut head, data }) = items.recv() {
         let data = data.as_ref().map_or(&[][..], |(buffer, range)| &buffer.as_slice()[range.clone()]);
@@ -211,23 +265,39 @@ fn send_items(
             *sum = checksum(data);
         }
         let frame = head.encode().map_err(MoveError::wire("block frame"))?;
-        tally.lock().unwrap_or_else(PoisonError::into_inner).add(&frame, data.len() as u64);
         pace.take((frame.len() + data.len()) as u64);
+        {
+            let mut stream = stream.lock().unwrap_or_else(PoisonError::into_inner);
+            if stream.ledger.unacked() == 0 {
+                stream.heard = Instant::now();
+            }
+            // Before a byte of it is sent: from then on it may arrive.
+            stream.ledger.sent(&frame, data.len() as u64);
+        }
         link.send(&[&frame, data]).map_err(MoveError::io("send blocks"))?;
     }
     Ok(())
 }
 
-fn read_acks(mut receiver: LinkReceiver, commands: &Inbox<Command>) {
+/// Reads acknowledgements until the connection or the mirror ends.
+fn read_acks(
+    mut receiver: LinkReceiver,
+    commands: &Inbox<Command>,
+    stream: &Mutex<Stream>,
+) -> Result<(), MoveError> {
     loop {
-        let ack = receiver.frame().and_then(|(header, head)| match header.kind {
-            Kind::BlockAck => BlockAck::decode(&head).map_err(MoveError::wire("block stream")),
-            _ => Err(MoveError::Machine("the target sent something else than acknowledgements".into())),
-        });
-        let message = ack.map_or(Command::Lost, Command::Acked);
-        let lost = matches!(message, Command::Lost);
-        if !commands.put(message) || lost {
-            return;
+        let (header, head) = receiver.frame()?;
+        if header.kind != Kind::BlockAck {
+            return Err(MoveError::Machine("the target sent something else than acknowledgements".into()));
+        }
+        let ack = BlockAck::decode(&head).map_err(MoveError::wire("block stream"))?;
+        {
+            let mut stream = stream.lock().unwrap_or_else(PoisonError::into_inner);
+            stream.heard = Instant::now();
+            stream.ledger.acked(ack.seq).map_err(|e| MoveError::Machine(e.to_string()))?;
+        }
+        if !commands.put(Command::Acked(ack)) {
+            return Ok(());
         }
     }
 }
@@ -248,7 +318,8 @@ struct Tap {
     guests: RefCell<HashMap<u64, Rc<Guest>>>,
     copies: RefCell<HashMap<u64, (u64, Arc<AlignedBuf>)>>,
     next_guest: Cell<u64>,
-    wire: Sender<Item>,
+    /// None while the target is away.
+    wire: RefCell<Option<Sender<Item>>>,
     events: Sender<source::Event>,
     stats: Arc<Mutex<Stats>>,
     waiting: Waiting,
@@ -264,7 +335,15 @@ impl Tap {
         while let Some(command) = outbox.next(&self.ring).await {
             match command {
                 Command::Acked(ack) => self.step(Event::Acked { seq: ack.seq, done: ack.done }),
-                Command::Lost => self.step(Event::TargetLost),
+                Command::Away => {
+                    self.step(Event::TargetAway);
+                    // The stream's thread ends when nothing feeds it.
+                    *self.wire.borrow_mut() = None;
+                }
+                Command::Back { arrived, wire } => {
+                    *self.wire.borrow_mut() = Some(wire);
+                    self.step(Event::TargetBack { arrived });
+                }
                 Command::Drain => self.step(Event::Drain),
                 Command::Audit(reply) => {
                     let _ = reply.send(audit::disk(&self.device).await);
@@ -282,6 +361,7 @@ impl Tap {
 
     async fn leave(self: &Rc<Self>, context: &DiskContext) {
         self.step(Event::TargetLost);
+        *self.wire.borrow_mut() = None;
         let quiet = context.quiesce().await;
         context.path().set_tap(&quiet, None);
     }
@@ -339,8 +419,10 @@ impl Tap {
                         }
                         _ => None,
                     };
-                    // A sender that has ended reports the loss itself.
-                    let _ = self.wire.send(Item { head: BlockHead { seq, op, offset, len }, data });
+                    if let Some(wire) = &*self.wire.borrow() {
+                        // A sender that has ended reports the loss itself.
+                        let _ = wire.send(Item { head: BlockHead { seq, op, offset, len }, data });
+                    }
                 }
                 Action::Copy { id, offset, len } => {
                     let tap = Rc::clone(self);

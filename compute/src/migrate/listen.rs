@@ -1,5 +1,7 @@
 //! How the connections of a move are made: the target listens with a one-time ticket, the source calls once for each role.
 //!
+//! All connections of a move are one set, an epoch. A source that has lost one makes all of them anew under a higher number; from the
+//! first of these on, the target takes none of an older set.
 //! Lives here: sockets, TLS handshakes, hellos. Never enters: what flows afterwards.
 
 use std::{
@@ -30,8 +32,10 @@ use crate::process::protocol::{IdentityPaths, Listening};
 const HANDSHAKE: Duration = Duration::from_secs(10);
 /// Callers greeted at once; more wait until one of them is through or has had its time.
 const GREETINGS: usize = 128;
-/// How often an idle listener looks at its callers.
+/// How often a listener looks at its callers.
 const GLANCE: Duration = Duration::from_millis(20);
+/// How often one without callers looks whether it is still needed.
+const IDLE: Duration = Duration::from_millis(250);
 
 /// The one-time secret of a move's connections.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -79,9 +83,21 @@ pub struct Listener {
 struct Door {
     ticket: Ticket,
     tls: Option<Arc<rustls::ServerConfig>>,
-    /// Roles that nobody has taken yet.
-    open: Mutex<HashSet<Role>>,
+    open: Mutex<Open>,
 }
+
+/// The set of connections being made.
+#[derive(Default)]
+struct Open {
+    epoch: u32,
+    /// Roles of every set.
+    all: HashSet<Role>,
+    /// Roles of this one that nobody has taken yet.
+    free: HashSet<Role>,
+}
+
+/// Connections of one epoch, one for each role.
+pub type Links = HashMap<Role, Link>;
 
 impl Listener {
     /// Listens on a free port of `ip`; without an identity the connections are plain.
@@ -96,17 +112,34 @@ impl Listener {
         Ok((Self { socket, door: Arc::new(Door { ticket, tls, open: Mutex::default() }) }, listening))
     }
 
-    /// Accepts one connection for each role. Strangers are turned away and do not end it; `deadline` does.
+    /// Accepts one connection for each role, and again for every newer epoch, and gives them to `made` when they are all there, until
+    /// `over` is set. Strangers are turned away and do not end it.
     ///
     /// Every caller is greeted on a thread of its own, a few at a time, and not for long: silent ones hold nobody up.
-    pub fn accept(&self, roles: &[Role], deadline: Duration) -> Result<HashMap<Role, Link>, MoveError> {
-        self.door.lock().extend(roles);
-        let end = Instant::now() + deadline;
-        let mut links = HashMap::new();
+    pub fn serve(
+        &self,
+        roles: &[Role],
+        over: &AtomicBool,
+        mut made: impl FnMut(Links),
+    ) -> Result<(), MoveError> {
+        self.door.lock().all.extend(roles);
+        let (mut epoch, mut links) = (0, Links::new());
         let mut greeting: Vec<(Instant, TcpStream, Arc<AtomicBool>)> = Vec::new();
         let (admitted, arrivals) = mpsc::channel();
-        while links.len() < roles.len() {
-            links.extend(arrivals.try_iter());
+        while !over.load(Ordering::SeqCst) {
+            for (of, role, link) in arrivals.try_iter() {
+                if of > epoch {
+                    // What is there of an older set will not be complete any more.
+                    links.clear();
+                    epoch = of;
+                }
+                if of == epoch {
+                    links.insert(role, link);
+                }
+            }
+            if links.len() == roles.len() {
+                made(std::mem::take(&mut links));
+            }
             greeting.retain(|(until, stream, over)| {
                 if Instant::now() >= *until {
                     // Gone already, or gone now.
@@ -114,10 +147,6 @@ impl Listener {
                 }
                 !over.load(Ordering::SeqCst) && Instant::now() < *until
             });
-            if Instant::now() >= end {
-                let timeout = std::io::ErrorKind::TimedOut.into();
-                return Err(MoveError::io("wait for the source to connect")(timeout));
-            }
             if greeting.len() >= GREETINGS {
                 thread::sleep(GLANCE);
                 continue;
@@ -141,22 +170,34 @@ impl Listener {
                 }
                 Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => {
                     let mut fds = [PollFd::new(self.socket.as_fd(), PollFlags::POLLIN)];
+                    let wait = if greeting.is_empty() { IDLE } else { GLANCE };
                     // Interrupted or timed out: the loop looks again.
-                    let _ = poll(&mut fds, PollTimeout::try_from(GLANCE).unwrap_or(PollTimeout::ZERO));
+                    let _ = poll(&mut fds, PollTimeout::try_from(wait).unwrap_or(PollTimeout::ZERO));
                 }
                 Err(e) => return Err(MoveError::io("accept the source's connection")(e)),
             }
         }
-        Ok(links)
+        Ok(())
     }
 }
 
 impl Door {
-    fn lock(&self) -> MutexGuard<'_, HashSet<Role>> {
+    fn lock(&self) -> MutexGuard<'_, Open> {
         self.open.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn greet(&self, stream: TcpStream) -> Result<(Role, Link), MoveError> {
+    /// Whether a caller may have this role; from then on nobody else does.
+    fn admit(&self, epoch: u32, role: Role) -> bool {
+        let mut open = self.lock();
+        let Open { epoch: newest, all, free } = &mut *open;
+        if epoch > *newest {
+            *newest = epoch;
+            free.clone_from(all);
+        }
+        epoch == *newest && free.remove(&role)
+    }
+
+    fn greet(&self, stream: TcpStream) -> Result<(u32, Role, Link), MoveError> {
         let io = |e| MoveError::io("handshake")(e);
         stream.set_nonblocking(false).map_err(io)?;
         let link = match &self.tls {
@@ -167,7 +208,7 @@ impl Door {
                 Link::tls(stream, session.into()).map_err(MoveError::io("TLS handshake"))?
             }
         };
-        let (link, role) = link.exchange(|sender, receiver| {
+        let (link, (epoch, role)) = link.exchange(|sender, receiver| {
             let mut bytes = [0; Hello::BYTES];
             receiver.receive(&mut bytes).map_err(io)?;
             let hello = Hello::decode(&bytes).map_err(MoveError::wire("hello"))?;
@@ -176,23 +217,24 @@ impl Door {
                 Ok(_) if !self.ticket.is(&hello.ticket) => {
                     (HelloAnswer::BadTicket, Err(WireError::Refused("wrong ticket")))
                 }
-                Ok(_) if !self.lock().remove(&hello.role) => {
+                Ok(_) if !self.admit(hello.epoch, hello.role) => {
                     (HelloAnswer::BadRole, Err(WireError::Refused("role not expected")))
                 }
-                Ok(version) => (HelloAnswer::Accepted(version), Ok(hello.role)),
+                Ok(version) => (HelloAnswer::Accepted(version), Ok((hello.epoch, hello.role))),
             };
             sender.send(&[&answer.encode()]).map_err(io)?;
             verdict.map_err(MoveError::wire("hello"))
         })?;
-        Ok((role, link))
+        Ok((epoch, role, link))
     }
 }
 
-/// Calls the target in one role.
+/// Calls the target in one role of an epoch.
 pub fn call(
     to: &Listening,
     host: &str,
     role: Role,
+    epoch: u32,
     identity: Option<&IdentityPaths>,
 ) -> Result<Link, MoveError> {
     let ip: IpAddr =
@@ -212,7 +254,7 @@ pub fn call(
         }
     };
     let (link, ()) = link.exchange(|sender, receiver| {
-        sender.send(&[&Hello::new(role, ticket.0, 1).encode()]).map_err(MoveError::io(&what))?;
+        sender.send(&[&Hello::new(role, ticket.0, epoch).encode()]).map_err(MoveError::io(&what))?;
         let mut answer = [0; HelloAnswer::BYTES];
         receiver.receive(&mut answer).map_err(MoveError::io(format!("{what}: hello")))?;
         HelloAnswer::decode(&answer).map_err(MoveError::wire(&what)).map(|_| ())
@@ -229,34 +271,66 @@ mod tests {
 
     const ANY: IpAddr = IpAddr::V4(std::net::Ipv4Addr::LOCALHOST);
 
+    /// Serves on a thread, until the second value is set.
+    fn serve(listener: Listener, roles: &'static [Role]) -> (mpsc::Receiver<Links>, Arc<AtomicBool>) {
+        let (sets, made) = mpsc::channel();
+        let over = Arc::new(AtomicBool::new(false));
+        let ended = Arc::clone(&over);
+        thread::spawn(move || listener.serve(roles, &ended, |links| drop(sets.send(links))));
+        (made, over)
+    }
+
+    fn next(sets: &mpsc::Receiver<Links>) -> Links {
+        sets.recv_timeout(Duration::from_mins(1)).unwrap()
+    }
+
     #[test]
     fn strangers_are_turned_away_and_the_right_one_gets_in() {
         let (listener, listening) = Listener::bind(ANY, None).unwrap();
-        let caller = thread::spawn(move || {
-            let wrong = Listening { ticket: Ticket([9; 16]).to_hex(), ..listening.clone() };
-            let refused = call(&wrong, "b", Role::Control, None).unwrap_err().to_string();
-            let mut noise = TcpStream::connect((ANY, listening.port)).unwrap();
-            noise.write_all(&[0xff; 64]).unwrap();
-            let unexpected = call(&listening, "b", Role::Pages(3), None).unwrap_err().to_string();
-            let right = call(&listening, "b", Role::Control, None);
-            (refused, unexpected, right.is_ok())
-        });
-        let links = listener.accept(&[Role::Control], Duration::from_mins(1)).unwrap();
-        assert!(links.contains_key(&Role::Control));
-        let (refused, unexpected, right) = caller.join().unwrap();
-        assert!(refused.contains("ticket") && unexpected.contains("role") && right, "{refused} {unexpected}");
+        let (sets, over) = serve(listener, &[Role::Control]);
+        let wrong = Listening { ticket: Ticket([9; 16]).to_hex(), ..listening.clone() };
+        let refused = call(&wrong, "b", Role::Control, 1, None).unwrap_err().to_string();
+        let mut noise = TcpStream::connect((ANY, listening.port)).unwrap();
+        noise.write_all(&[0xff; 64]).unwrap();
+        let unexpected = call(&listening, "b", Role::Pages(3), 1, None).unwrap_err().to_string();
+        call(&listening, "b", Role::Control, 1, None).unwrap();
+        assert!(next(&sets).contains_key(&Role::Control));
+        assert!(refused.contains("ticket") && unexpected.contains("role"), "{refused} {unexpected}");
+        over.store(true, Ordering::SeqCst);
+    }
+
+    #[test]
+    fn a_newer_set_takes_the_place_of_an_older_one() {
+        const ROLES: [Role; 2] = [Role::Control, Role::Pages(0)];
+        let (listener, listening) = Listener::bind(ANY, None).unwrap();
+        let (sets, over) = serve(listener, &ROLES);
+        let calls = |role, epoch| call(&listening, "b", role, epoch, None);
+        // Half a set, that is never complete.
+        let half = calls(Role::Control, 1).unwrap();
+        let newer = ROLES.map(|role| calls(role, 3).unwrap());
+        assert_eq!(next(&sets).len(), 2);
+        for (role, epoch) in [(Role::Pages(0), 1), (Role::Control, 2), (Role::Control, 3)] {
+            let refused = calls(role, epoch).unwrap_err().to_string();
+            assert!(refused.contains("role"), "{refused}");
+        }
+        let newest = ROLES.map(|role| calls(role, 4).unwrap());
+        assert_eq!(next(&sets).len(), 2);
+        assert!(sets.try_recv().is_err());
+        over.store(true, Ordering::SeqCst);
+        drop((half, newer, newest));
     }
 
     #[test]
     fn silent_callers_hold_nobody_up() {
         let (listener, listening) = Listener::bind(ANY, None).unwrap();
+        let (sets, over) = serve(listener, &[Role::Control]);
         let silent: Vec<_> = (0..20).map(|_| TcpStream::connect((ANY, listening.port)).unwrap()).collect();
-        let caller = thread::spawn(move || call(&listening, "b", Role::Control, None).is_ok());
         let began = Instant::now();
-        listener.accept(&[Role::Control], Duration::from_mins(1)).unwrap();
+        call(&listening, "b", Role::Control, 1, None).unwrap();
+        next(&sets);
         // Not an assertion on speed: served one after the other, each silent caller would take a whole handshake time.
         assert!(began.elapsed() < HANDSHAKE * 20);
-        assert!(caller.join().unwrap());
+        over.store(true, Ordering::SeqCst);
         drop(silent);
     }
 

@@ -53,12 +53,8 @@ impl LocalTarget {
             images::make(&place.path, shape, &self.vm, self.generation)?;
             let (here, there) = Link::pair().map_err(MoveError::io("make a socket pair"))?;
             let lost = events.clone();
-            let arrival = BlocksIn::start(
-                disk,
-                Image::New(place.path.clone(), images::filling(shape)),
-                there,
-                move |error| drop(lost.send(Event::LinkLost(error.to_string()))),
-            )?;
+            let mut arrival = BlocksIn::start(disk, Image::New(place.path.clone(), images::filling(shape)))?;
+            arrival.connect(there, move |error| drop(lost.send(Event::LinkLost(error.to_string()))))?;
             self.arrivals.push(arrival);
             links.push(here);
         }

@@ -5,8 +5,9 @@
 //!              |---------- disk thread + sender ----"-------- receiver + disk thread ----|
 //!              |---------- control reader ----------"-------- control reader ------------|
 //! ```
-//! The engine decides on ranges, the workers here move the bytes. A datastore-only move runs the same source engine against a
-//! target thread in this process, over a socket pair.
+//! The engine decides on ranges, the workers here move the bytes. Threads live as long as their connection; what they know of the move
+//! goes on with the next one, when connections were lost before the pause. A datastore-only move runs the same source engine against
+//! a target thread in this process, over a socket pair.
 //! Lives here: threads and sockets of one move. Never enters: decisions (they are the engine's), many VMs, policy.
 
 mod audit;
@@ -29,6 +30,8 @@ mod state;
 pub mod stop_points;
 mod target;
 mod tls;
+
+use vmove_mirror::{source as source_engine, target as target_engine};
 
 pub use images::format as image_format;
 pub use journal::{AppendError, VmJournal};
@@ -82,6 +85,23 @@ impl From<std::io::Error> for MoveError {
 }
 
 impl MoveError {
+    /// What it means to a source: a connection that is gone may be made anew, anything else is no use repeating.
+    pub(crate) fn into_source_event(self) -> source_engine::Event {
+        match self {
+            Self::Io { .. } => source_engine::Event::LinkLost(self.to_string()),
+            error => source_engine::Event::Failed(error.to_string()),
+        }
+    }
+
+    /// What it means to a target, the same way.
+    pub(crate) fn into_target_event(self) -> target_engine::Event {
+        match self {
+            Self::Io { .. } => target_engine::Event::LinkLost(self.to_string()),
+            // Nonsense from the peer, or something here that cannot be written.
+            error => target_engine::Event::Failed(error.to_string()),
+        }
+    }
+
     pub(crate) fn io(what: impl Into<String>) -> impl FnOnce(std::io::Error) -> Self {
         let what = what.into();
         move |source| Self::Io { what, source }

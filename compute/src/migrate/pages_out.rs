@@ -1,19 +1,22 @@
 //! The page stream at the source: one thread that looks at pages, packs many into a frame and sends them from where they lie.
 //!
+//! The thread ends with its connection; what it knows goes on with the next one ([`PagesOut::end`], [`EndedPages::go_on`]).
 //! Lives here: zero scan, checksums, packing. Never enters: which pages (the engine says), the guest's state.
 
 use std::{
     sync::{
-        Arc,
+        Arc, Condvar, Mutex, MutexGuard, PoisonError,
         mpsc::{self, Sender},
     },
-    thread,
+    thread::{self, JoinHandle},
+    time::{Duration, Instant},
 };
 
 use vmove_mirror::{
     PAGE_BYTES,
     digest::{PageSums, checksum},
-    pages::PageRange,
+    ledger::{PageCounts, PagesLedger},
+    pages::{PageRange, PageSet},
     source::Event,
     wire::{
         control::{self, SourceMsg, TargetMsg},
@@ -31,16 +34,17 @@ use crate::memory::{GuestRam, is_zero};
 
 /// Acknowledgements of rounds and repairs a move can have.
 const MAX_ACKS: u32 = 2 * vmove_mirror::precopy::MAX_ROUNDS;
+/// Frames that may be unacknowledged (of at most 2 MiB each): more than a link holds, and a bound to what a target can make this side
+/// remember.
+const WINDOW: usize = 256;
 
-/// What was sent, and the digest of its checksums.
+/// What was sent or has arrived, and the digest of its checksums.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct PagesProof {
     /// BLAKE3 of the table of checksums.
     pub digest: [u8; 32],
-    /// Pages with data.
-    pub data_pages: u64,
-    /// Pages as flags.
-    pub zero_pages: u64,
+    /// Pages by sort.
+    pub counts: PageCounts,
 }
 
 enum Job {
@@ -49,54 +53,70 @@ enum Job {
     Proof(Sender<PagesProof>),
 }
 
-/// Handle of the stream's thread; dropping it ends the stream.
+/// What the stream's threads and its handle share.
+#[derive(Debug)]
+struct Shared {
+    ledger: Mutex<Ledger>,
+    /// Acknowledgements have come, or will not come any more.
+    news: Condvar,
+}
+
+#[derive(Debug)]
+struct Ledger {
+    pages: PagesLedger,
+    /// Nothing more will be acknowledged on this connection.
+    over: bool,
+    /// When the target was last heard of, or began to owe an answer.
+    heard: Instant,
+    /// The end of a round waits for its answer.
+    round_open: bool,
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, Ledger> {
+        self.ledger.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Handle of the stream on one connection; dropping it ends the stream.
 #[derive(Debug)]
 pub struct PagesOut {
     jobs: Sender<Job>,
     closer: LinkCloser,
+    shared: Arc<Shared>,
+    stream: JoinHandle<Stream>,
+    acks: JoinHandle<()>,
+}
+
+/// A stream between two connections.
+#[derive(Debug)]
+pub struct EndedPages {
+    stream: Stream,
+    shared: Arc<Shared>,
 }
 
 impl PagesOut {
-    /// Starts the stream's threads on a connection.
+    /// Starts the stream's threads on the first connection of a move.
     pub fn start(
         ram: GuestRam,
         link: Link,
         pace: Arc<Pace>,
         events: Sender<Event>,
     ) -> Result<Self, MoveError> {
-        let (sender, receiver, closer) = link.split().map_err(MoveError::io("page stream"))?;
-        let (jobs, inbox) = mpsc::channel();
-        let acks = events.clone();
-        let spawn = |name: &str| thread::Builder::new().name(name.into());
-        spawn("pages-acks")
-            .spawn(move || read_acks(receiver, &acks))
-            .map_err(MoveError::io("start a thread"))?;
-        let mut stream = Stream {
-            sums: PageSums::new(ram.pages()),
-            ram,
-            link: sender,
-            pace,
-            proof: PagesProof::default(),
+        let ledger = Ledger {
+            pages: PagesLedger::new(ram.pages()),
+            over: false,
+            heard: Instant::now(),
+            round_open: false,
         };
-        spawn("pages-out")
-            .spawn(move || {
-                while let Ok(job) = inbox.recv() {
-                    match stream.carry_out(job) {
-                        Ok(None) => {}
-                        Ok(Some(event)) => drop(events.send(event)),
-                        Err(error) => {
-                            let _ = events.send(Event::LinkLost(error.to_string()));
-                            return;
-                        }
-                    }
-                }
-            })
-            .map_err(MoveError::io("start a thread"))?;
-        Ok(Self { jobs, closer })
+        let shared = Arc::new(Shared { ledger: Mutex::new(ledger), news: Condvar::new() });
+        let stream = Stream { sums: PageSums::new(ram.pages()), ram, pace, unreported: 0 };
+        EndedPages { stream, shared }.run(link, events)
     }
 
     /// Sends pages; answered by `BatchSent`.
     pub fn send(&self, ranges: Vec<PageRange>) {
+        self.shared.lock().pages.queue(&ranges);
         let _ = self.jobs.send(Job::Pages(ranges));
     }
 
@@ -111,92 +131,193 @@ impl PagesOut {
         self.jobs.send(Job::Proof(reply)).ok()?;
         proof.recv().ok()
     }
-}
 
-impl Drop for PagesOut {
-    fn drop(&mut self) {
+    /// How long the target has owed an answer without a sign of life.
+    pub fn silent(&self) -> Option<Duration> {
+        let ledger = self.shared.lock();
+        (ledger.round_open || ledger.pages.unacked() > 0).then(|| ledger.heard.elapsed())
+    }
+
+    /// Ends the connection. Its threads may still take a moment: see [`PagesOut::end`].
+    pub fn close(&self) {
         self.closer.close();
+    }
+
+    /// Ends the connection and waits for its threads. None if one of them has panicked.
+    pub fn end(self) -> Option<EndedPages> {
+        self.closer.close();
+        drop(self.jobs);
+        let stream = self.stream.join();
+        self.acks.join().ok()?;
+        Some(EndedPages { stream: stream.ok()?, shared: self.shared })
     }
 }
 
-fn read_acks(mut receiver: LinkReceiver, events: &Sender<Event>) {
-    for _ in 0..MAX_ACKS {
+impl EndedPages {
+    /// Takes back what is not among the first `frames` frames; gives those pages, and the bytes that were sent for batches that were not
+    /// reported as sent.
+    pub fn roll_back(&mut self, frames: u64) -> Result<(PageSet, u64), MoveError> {
+        let lost = self.shared.lock().pages.roll_back(frames);
+        let lost = lost.map_err(|e| MoveError::Machine(e.to_string()))?;
+        Ok((lost, std::mem::take(&mut self.stream.unreported)))
+    }
+
+    /// Goes on over another connection.
+    pub fn go_on(self, link: Link, events: Sender<Event>) -> Result<PagesOut, MoveError> {
+        self.run(link, events)
+    }
+
+    fn run(self, link: Link, events: Sender<Event>) -> Result<PagesOut, MoveError> {
+        let Self { mut stream, shared } = self;
+        let (mut sender, receiver, closer) = link.split().map_err(MoveError::io("page stream"))?;
+        {
+            let mut ledger = shared.lock();
+            ledger.over = false;
+            ledger.round_open = false;
+            ledger.heard = Instant::now();
+        }
+        let (jobs, inbox) = mpsc::channel();
+        let spawn = |name: &str| thread::Builder::new().name(name.into());
+        let (acked, told) = (Arc::clone(&shared), events.clone());
+        let acks = spawn("pages-acks")
+            .spawn(move || {
+                let ended = read_acks(receiver, &acked, &told);
+                acked.lock().over = true;
+                acked.news.notify_all();
+                if let Some(event) = ended {
+                    let _ = told.send(event);
+                }
+            })
+            .map_err(MoveError::io("start a thread"))?;
+        let owed = Arc::clone(&shared);
+        let stream = spawn("pages-out")
+            .spawn(move || {
+                while let Ok(job) = inbox.recv() {
+                    match stream.carry_out(job, &mut sender, &owed) {
+                        Ok(None) => {}
+                        Ok(Some(event)) => drop(events.send(event)),
+                        Err(error) => {
+                            let _ = events.send(error.into_source_event());
+                            break;
+                        }
+                    }
+                }
+                stream
+            })
+            .map_err(MoveError::io("start a thread"))?;
+        Ok(PagesOut { jobs, closer, shared, stream, acks })
+    }
+}
+
+/// Reads acknowledgements until the connection ends; gives why, if that is to be told.
+fn read_acks(mut receiver: LinkReceiver, shared: &Shared, events: &Sender<Event>) -> Option<Event> {
+    let mut rounds = 0;
+    loop {
         let message = receiver.frame().and_then(|(header, head)| match header.kind {
             Kind::Control => control::decode::<TargetMsg>(&head).map_err(MoveError::wire("page stream")),
             _ => Err(MoveError::Machine("the target sent data on a page stream".into())),
         });
-        let event = match message {
-            Ok(message) => Event::Target(message),
-            Err(error) => {
-                let _ = events.send(Event::LinkLost(error.to_string()));
-                return;
+        match message {
+            Err(error) => return Some(error.into_source_event()),
+            Ok(TargetMsg::PagesAck { frames }) => {
+                let mut ledger = shared.lock();
+                ledger.heard = Instant::now();
+                if let Err(error) = ledger.pages.acked(frames) {
+                    return Some(Event::Failed(error.to_string()));
+                }
+                drop(ledger);
+                shared.news.notify_all();
             }
-        };
-        if events.send(event).is_err() {
-            return;
+            Ok(message) => {
+                rounds += 1;
+                if rounds > MAX_ACKS {
+                    return Some(Event::Failed("the target acknowledges more rounds than there are".into()));
+                }
+                shared.lock().round_open = false;
+                events.send(Event::Target(message)).ok()?;
+            }
         }
     }
-    let _ = events.send(Event::Failed("the target acknowledges more rounds than there are".into()));
 }
 
+#[derive(Debug)]
 struct Stream {
     ram: GuestRam,
-    link: LinkSender,
     pace: Arc<Pace>,
     sums: PageSums,
-    proof: PagesProof,
+    /// Bytes sent for a batch that was never reported as sent.
+    unreported: u64,
 }
 
 impl Stream {
-    fn carry_out(&mut self, job: Job) -> Result<Option<Event>, MoveError> {
+    fn carry_out(
+        &mut self,
+        job: Job,
+        link: &mut LinkSender,
+        shared: &Shared,
+    ) -> Result<Option<Event>, MoveError> {
         match job {
-            Job::Pages(ranges) => self.send(&ranges).map(Some),
+            Job::Pages(ranges) => self.send(&ranges, link, shared).map(Some),
             Job::RoundEnd(round) => {
                 let frame =
                     control::encode(&SourceMsg::RoundEnd { round }).map_err(MoveError::wire("round end"))?;
-                self.link.send(&[&frame]).map_err(MoveError::io("send the end of a round"))?;
+                {
+                    let mut ledger = shared.lock();
+                    ledger.round_open = true;
+                    ledger.heard = Instant::now();
+                }
+                link.send(&[&frame]).map_err(MoveError::io("send the end of a round"))?;
                 Ok(None)
             }
             Job::Proof(reply) => {
-                self.proof.digest = self.sums.digest();
-                let _ = reply.send(self.proof);
+                let counts = shared.lock().pages.counts();
+                let _ = reply.send(PagesProof { digest: self.sums.digest(), counts });
                 Ok(None)
             }
         }
     }
 
-    fn send(&mut self, ranges: &[PageRange]) -> Result<Event, MoveError> {
+    fn send(
+        &mut self,
+        ranges: &[PageRange],
+        link: &mut LinkSender,
+        shared: &Shared,
+    ) -> Result<Event, MoveError> {
         let ram = self.ram.clone();
-        let (mut bytes, zero_before) = (0, self.proof.zero_pages);
+        let mut zero_pages = 0;
         let mut head = PagesHead::default();
         for range in ranges {
             for (first, count) in runs(&ram, *range)? {
                 let memory = ram.bytes_of(first, count).map_err(machine)?;
                 for (page, content) in (first..).zip(memory.chunks_exact(PAGE_BYTES as usize)) {
                     if !head.has_room() {
-                        bytes += self.flush(&mut head)?;
+                        self.flush(&mut head, link, shared)?;
                     }
                     if is_zero(content) {
                         self.sums.set(page, 0);
-                        self.proof.zero_pages += 1;
+                        zero_pages += 1;
                         head.push(page, None);
                     } else {
                         // The guest may change the page before it is sent: then it is dirty, and comes again.
                         let sum = checksum(content);
                         self.sums.set(page, sum);
-                        self.proof.data_pages += 1;
                         head.push(page, Some(sum));
                     }
                 }
             }
         }
-        bytes += self.flush(&mut head)?;
-        Ok(Event::BatchSent { bytes, zero_pages: self.proof.zero_pages - zero_before })
+        self.flush(&mut head, link, shared)?;
+        Ok(Event::BatchSent { bytes: std::mem::take(&mut self.unreported), zero_pages })
     }
 
-    fn flush(&mut self, head: &mut PagesHead) -> Result<u64, MoveError> {
+    fn flush(
+        &mut self,
+        head: &mut PagesHead,
+        link: &mut LinkSender,
+        shared: &Shared,
+    ) -> Result<(), MoveError> {
         if head.runs.is_empty() {
-            return Ok(0);
+            return Ok(());
         }
         let fixed = head.encode().map_err(MoveError::wire("page frame"))?;
         let mut parts: Vec<&[u8]> = vec![&fixed];
@@ -207,9 +328,21 @@ impl Stream {
         }
         let bytes = fixed.len() as u64 + head.data_bytes();
         self.pace.take(bytes);
-        self.link.send(&parts).map_err(MoveError::io("send pages"))?;
+        {
+            let mut ledger = shared.lock();
+            while ledger.pages.unacked() >= WINDOW && !ledger.over {
+                ledger = shared.news.wait(ledger).unwrap_or_else(PoisonError::into_inner);
+            }
+            if ledger.pages.unacked() == 0 {
+                ledger.heard = Instant::now();
+            }
+            // Before a byte of it is sent: from then on it may arrive.
+            ledger.pages.sent(head);
+        }
+        self.unreported += bytes;
+        link.send(&parts).map_err(MoveError::io("send pages"))?;
         *head = PagesHead::default();
-        Ok(bytes)
+        Ok(())
     }
 }
 

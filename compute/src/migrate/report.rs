@@ -45,6 +45,7 @@ impl ProgressBoard {
             round: 0,
             rate: 0,
             dirty_rate: 0,
+            reconnects: 0,
             left_ms: None,
             report: None,
             error: None,
@@ -124,6 +125,7 @@ impl Meter {
             p.round = engine.precopy().round();
             p.rate = self.rate;
             p.dirty_rate = engine.precopy().dirty_rate();
+            p.reconnects = engine.reconnects();
             p.left_ms = (left * 1000).checked_div(self.rate);
         });
     }
@@ -159,6 +161,7 @@ pub fn aborted(
             stream_bytes_per_s: 0,
         },
         disks: Vec::new(),
+        reconnects: engine.reconnects(),
         verified: false,
         digest: String::new(),
         reason: Some(reason.to_owned()),
@@ -214,6 +217,7 @@ pub fn committed(
                 mirrored_bytes: stats.mirrored_bytes,
             })
             .collect(),
+        reconnects: end.reconnects,
         // The source commits only after both sides' proofs agreed.
         verified: true,
         digest: vmove_mirror::digest::hex(&digest),

@@ -5,11 +5,11 @@
 use std::{
     net::IpAddr,
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, Ordering},
-        mpsc::{Receiver, Sender},
+        mpsc::{Receiver, RecvTimeoutError, Sender},
     },
-    thread,
+    thread::{self, JoinHandle},
     time::{Duration, Instant},
 };
 
@@ -17,7 +17,7 @@ use vmove_devices::DiskHandle;
 use vmove_mirror::{
     digest,
     journal::MoveId,
-    target::{Action, Event, Target, TargetPlan},
+    target::{Action, Event, Phase, Target, TargetPlan},
     wire::{
         control::{self, Arrived, Counters, DiskSetup, Proof, SourceMsg, TargetMsg},
         frame::Kind,
@@ -31,7 +31,7 @@ use super::{
     blocks_in::{BlocksIn, Image},
     images,
     link::{LinkCloser, LinkReceiver, LinkSender},
-    listen::Listener,
+    listen::{Links, Listener},
     pages_in::PagesIn,
     source::at,
     state, stop_points,
@@ -47,6 +47,10 @@ use crate::{
 
 /// How long the source may take to connect after it was told where.
 const CONNECT: Duration = Duration::from_mins(1);
+/// How long it may take to connect again when the connections were lost: longer than it tries.
+const COME_BACK: Duration = Duration::from_mins(2);
+/// How long the source's last word may lag behind the end of the data connections.
+const LAST_WORD: Duration = Duration::from_millis(500);
 
 /// An arrival to be carried through.
 pub struct TargetMove {
@@ -66,7 +70,7 @@ pub struct TargetMove {
     pub events: (Sender<Event>, Receiver<Event>),
     /// Set while the source's commit is awaited and cannot be heard.
     pub undecided: Arc<AtomicBool>,
-    listener: Listener,
+    listener: Option<Listener>,
 }
 
 /// How an arrival ended.
@@ -85,11 +89,26 @@ struct Driver {
     disks: Vec<DiskHandle>,
     arrivals: Vec<BlocksIn>,
     pages: Option<PagesIn>,
-    control: Option<(LinkSender, LinkCloser)>,
+    control: Option<Control>,
+    /// Connections that have been made and not been taken yet.
+    made: Arc<Mutex<Option<Links>>>,
+    /// Nobody need call any more.
+    closed: Arc<AtomicBool>,
+    /// No connection is in use.
+    unlinked: bool,
+    /// When the source must have called.
+    deadline: Option<Instant>,
     prepared: Option<PreparedMachine>,
     machine: Option<Machine>,
     loaded_in: Duration,
     commit_seen: Option<Instant>,
+}
+
+/// The control connection.
+struct Control {
+    sender: LinkSender,
+    closer: LinkCloser,
+    reader: JoinHandle<()>,
 }
 
 impl TargetMove {
@@ -114,7 +133,17 @@ impl TargetMove {
         }
         let (listener, listening) = Listener::bind(ip, if spec.plain { None } else { identity })?;
         let undecided = Arc::new(AtomicBool::new(false));
-        let this = Self { spec, vm, generation, disks, journal, console, events, undecided, listener };
+        let this = Self {
+            spec,
+            vm,
+            generation,
+            disks,
+            journal,
+            console,
+            events,
+            undecided,
+            listener: Some(listener),
+        };
         Ok((this, listening))
     }
 
@@ -131,6 +160,10 @@ impl TargetMove {
             arrivals: Vec::new(),
             pages: None,
             control: None,
+            made: Arc::default(),
+            closed: Arc::default(),
+            unlinked: true,
+            deadline: None,
             prepared: None,
             machine: None,
             loaded_in: Duration::ZERO,
@@ -162,11 +195,13 @@ impl Driver {
         loop {
             for action in std::mem::take(&mut actions) {
                 if let Some(end) = self.act(action) {
+                    self.closed.store(true, Ordering::SeqCst);
                     return end;
                 }
             }
-            match self.task.events.1.recv() {
-                Ok(event) => {
+            match self.next() {
+                Some(Event::Linked(_)) => actions = self.linked(&mut engine),
+                Some(event) => {
                     if matches!(event, Event::Source(SourceMsg::Commit) | Event::Resolved(_)) {
                         self.commit_seen = Some(Instant::now());
                     }
@@ -175,9 +210,121 @@ impl Driver {
                     }
                     actions = engine.step(event);
                 }
-                Err(_) => return TargetEnd::Broken("the arrival's mailbox is gone".into()),
+                None => return TargetEnd::Broken("the arrival's mailbox is gone".into()),
             }
         }
+    }
+
+    fn next(&mut self) -> Option<Event> {
+        let inbox = &self.task.events.1;
+        let Some(deadline) = self.deadline else { return inbox.recv().ok() };
+        match inbox.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+            Ok(event) => Some(event),
+            Err(RecvTimeoutError::Timeout) => {
+                self.deadline = None;
+                Some(Event::Failed("the source has not called in time".into()))
+            }
+            Err(RecvTimeoutError::Disconnected) => None,
+        }
+    }
+
+    /// The source has called in all roles. What is left of older connections is ended first, and whatever their threads still had to
+    /// say is heard before the new ones are taken.
+    fn linked(&mut self, engine: &mut Target) -> Vec<Action> {
+        if engine.phase() > Phase::Waiting {
+            return Vec::new();
+        }
+        if !self.unlinked {
+            return engine.step(Event::LinkLost("the source calls anew".into()));
+        }
+        let Some(links) = lock(&self.made).take() else { return Vec::new() };
+        let linked = self.arrived().map(|arrived| engine.step(Event::Linked(arrived)));
+        match linked.and_then(|actions| self.take_in(links).map(|()| actions)) {
+            Ok(actions) => {
+                self.unlinked = false;
+                self.deadline = None;
+                actions
+            }
+            Err(error) => engine.step(error.into_target_event()),
+        }
+    }
+
+    /// Counts what has arrived on connections that have ended.
+    fn arrived(&mut self) -> Result<Arrived, MoveError> {
+        let frames = self.pages.as_mut().map_or(Ok(0), PagesIn::end_connection)?;
+        let operations = self.arrivals.iter_mut().map(BlocksIn::end_connection).collect::<Result<_, _>>()?;
+        Ok(Arrived { frames, operations })
+    }
+
+    /// Starts the streams on new connections.
+    fn take_in(&mut self, mut links: Links) -> Result<(), MoveError> {
+        let mut take = |role| {
+            links.remove(&role).ok_or_else(|| MoveError::Machine(format!("{role:?} was not connected")))
+        };
+        let (sender, receiver, closer) = take(Role::Control)?.split()?;
+        let events = &self.task.events.0;
+        if let Some(pages) = &mut self.pages {
+            pages.connect(take(Role::Pages(0))?, events.clone())?;
+        }
+        for (i, arrival) in self.arrivals.iter_mut().enumerate() {
+            let events = events.clone();
+            let lost = move |error: MoveError| drop(events.send(error.into_target_event()));
+            arrival.connect(take(Role::Disk(i as u8))?, lost)?;
+        }
+        let events = events.clone();
+        let reader = thread::Builder::new()
+            .name("control".into())
+            .spawn(move || listen_to_source(receiver, &events))
+            .map_err(MoveError::io("start a thread"))?;
+        self.control = Some(Control { sender, closer, reader });
+        Ok(())
+    }
+
+    /// Ends all connections; keeps what has arrived. When it returns, nothing of them is written any more, and their threads have
+    /// posted all they had to say.
+    fn end_connections(&mut self) {
+        if let Some(control) = self.control.take() {
+            // A source that gives up says so before it closes all.
+            let end = Instant::now() + LAST_WORD;
+            while !control.reader.is_finished() && Instant::now() < end {
+                thread::sleep(Duration::from_millis(5));
+            }
+            control.closer.close();
+            if control.reader.join().is_err() {
+                self.post(Event::Failed("the control connection's thread has panicked".into()));
+            }
+        }
+        if let Err(error) = self.arrived() {
+            self.post(Event::Failed(error.to_string()));
+        }
+        self.unlinked = true;
+        self.deadline = Some(Instant::now() + COME_BACK);
+        // Called already: after everything that was posted so far.
+        if lock(&self.made).is_some() {
+            self.post(Event::Linked(Arrived::default()));
+        }
+    }
+
+    /// Lets the source call, from now on until [`Driver::closed`].
+    fn open(&mut self) -> Result<(), MoveError> {
+        let Some(listener) = self.task.listener.take() else { return Ok(()) };
+        let mut roles = vec![Role::Control, Role::Pages(0)];
+        roles.extend((0..self.disks.len()).map(|i| Role::Disk(i as u8)));
+        let (made, closed, events) =
+            (Arc::clone(&self.made), Arc::clone(&self.closed), self.task.events.0.clone());
+        self.deadline = Some(Instant::now() + CONNECT);
+        let serve = move || {
+            let served = listener.serve(&roles, &closed, |links| {
+                *lock(&made) = Some(links);
+                // Says that they are there; what has arrived is counted when they are taken.
+                let _ = events.send(Event::Linked(Arrived::default()));
+            });
+            if let Err(error) = served {
+                let _ = events.send(Event::Failed(error.to_string()));
+            }
+        };
+        let spawned = thread::Builder::new().name("listener".into()).spawn(serve);
+        spawned.map(|_| ()).map_err(MoveError::io("start a thread"))
     }
 
     fn post(&self, event: Event) {
@@ -204,9 +351,11 @@ impl Driver {
                 let made = self.make();
                 self.answer(made.map(|()| Event::ImagesReady));
             }
-            Action::Await => self.post(Event::Failed("the connection to the source was lost".into())),
+            Action::Await => self.end_connections(),
             Action::Tell(message) => self.tell(&message),
             Action::LoadState(bytes) => {
+                // The guest is paused: a connection lost from here on is not made anew.
+                self.closed.store(true, Ordering::SeqCst);
                 let began = Instant::now();
                 let loaded = self.load(&bytes);
                 self.loaded_in = began.elapsed();
@@ -234,8 +383,8 @@ impl Driver {
                 return Some(TargetEnd::Running(Box::new(machine)));
             }
             Action::Finish { refused: Some(why) } => {
-                if let Some((_, closer)) = &self.control {
-                    closer.close();
+                if let Some(control) = &self.control {
+                    control.closer.close();
                 }
                 let discarded = self.disks.is_empty() && self.machine.is_none();
                 return Some(if discarded { TargetEnd::Refused(why) } else { TargetEnd::Broken(why) });
@@ -257,39 +406,16 @@ impl Driver {
             self.disks.push(disk);
         }
         self.prepare(ram.clone())?;
-        let task = &self.task;
-        let mut roles = vec![Role::Control, Role::Pages(0)];
-        roles.extend((0..self.disks.len()).map(|i| Role::Disk(i as u8)));
-        let mut links = task.listener.accept(&roles, CONNECT)?;
-        // Before anything that comes over them.
-        self.post(Event::Linked(Arrived::default()));
-        let mut take = |role| {
-            links.remove(&role).ok_or_else(|| MoveError::Machine(format!("{role:?} was not connected")))
-        };
-        let (sender, receiver, closer) = take(Role::Control)?.split()?;
-        self.control = Some((sender, closer));
-        self.pages = Some(PagesIn::start(ram.clone(), take(Role::Pages(0))?, task.events.0.clone())?);
-        self.ram = Some(ram);
-        for (i, disk) in self.disks.iter().enumerate() {
-            let events = task.events.0.clone();
-            let lost = move |error: MoveError| {
-                let _ = events.send(match error {
-                    MoveError::Io { .. } => Event::LinkLost(error.to_string()),
-                    error => Event::Failed(error.to_string()),
-                });
-            };
-            self.arrivals.push(BlocksIn::start(disk, Image::Own, take(Role::Disk(i as u8))?, lost)?);
+        for disk in &self.disks {
+            self.arrivals.push(BlocksIn::start(disk, Image::Own)?);
         }
-        let events = task.events.0.clone();
-        thread::Builder::new()
-            .name("control".into())
-            .spawn(move || listen_to_source(receiver, &events))
-            .map_err(MoveError::io("start a thread"))?;
-        Ok(())
+        self.pages = Some(PagesIn::new(ram.clone()));
+        self.ram = Some(ram);
+        self.open()
     }
 
     fn tell(&mut self, message: &TargetMsg) {
-        let Some((sender, _)) = &mut self.control else { return };
+        let Some(Control { sender, .. }) = &mut self.control else { return };
         let sent = control::encode(message)
             .map_err(|e| e.to_string())
             .and_then(|frame| sender.send(&[&frame]).map_err(|e| e.to_string()));
@@ -340,8 +466,8 @@ impl Driver {
         }
         let gone = || MoveError::Machine("no pages have arrived".into());
         let pages = self.pages.as_ref().ok_or_else(gone)?.proof();
-        counters.data_pages = pages.data_pages;
-        counters.zero_pages = pages.zero_pages;
+        counters.data_pages = pages.counts.data;
+        counters.zero_pages = pages.counts.zero;
         let audit = if audited {
             let ram = self.ram.as_ref().ok_or_else(gone)?;
             let ram = audit::ram(ram).map_err(|e| MoveError::Machine(e.to_string()))?;
@@ -386,6 +512,10 @@ impl Driver {
     }
 }
 
+fn lock(made: &Mutex<Option<Links>>) -> MutexGuard<'_, Option<Links>> {
+    made.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 fn listen_to_source(mut receiver: LinkReceiver, events: &Sender<Event>) {
     for _ in 0..MAX_MESSAGES {
         let message = receiver.frame().and_then(|(header, head)| match header.kind {
@@ -394,8 +524,7 @@ fn listen_to_source(mut receiver: LinkReceiver, events: &Sender<Event>) {
         });
         let event = match message {
             Ok(message) => Event::Source(message),
-            Err(error @ MoveError::Io { .. }) => Event::LinkLost(error.to_string()),
-            Err(error) => Event::Failed(error.to_string()),
+            Err(error) => error.into_target_event(),
         };
         let ended = !matches!(event, Event::Source(_));
         if events.send(event).is_err() || ended {

@@ -302,7 +302,7 @@ pub struct Place {
 pub struct MoveProgress {
     /// The move's id.
     pub move_id: String,
-    /// `setup`, `mirror`, `pre-copy`, `switchover`, `committed`, `completed`, `aborted`.
+    /// `setup`, `mirror`, `pre-copy`, `reconnecting`, `switchover`, `committed`, `completed`, `aborted`, `cancelled`.
     pub phase: String,
     /// Milliseconds since the move began.
     pub elapsed_ms: u64,
@@ -320,6 +320,9 @@ pub struct MoveProgress {
     pub rate: u64,
     /// RAM bytes per second turning dirty, as seen in the last round.
     pub dirty_rate: u64,
+    /// Times that lost connections were made anew.
+    #[serde(default)]
+    pub reconnects: u32,
     /// Estimate of the time left, ms; none when unknown.
     pub left_ms: Option<u64>,
     /// The end of it, once it has ended.
@@ -349,6 +352,9 @@ pub struct MoveReport {
     pub memory: MemoryReport,
     /// What happened to each copied disk.
     pub disks: Vec<DiskReport>,
+    /// Times that lost connections were made anew and the move went on.
+    #[serde(default)]
+    pub reconnects: u32,
     /// All checksums and counters of both sides agreed before the commit.
     pub verified: bool,
     /// BLAKE3 of what was compared (hex).

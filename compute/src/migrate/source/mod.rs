@@ -4,6 +4,7 @@
 
 mod after;
 mod peer;
+mod reconnect;
 
 use std::{
     collections::VecDeque,
@@ -36,6 +37,7 @@ use super::{
     state, stop_points,
 };
 use peer::Peer;
+use reconnect::{Redial, Redialled};
 
 use crate::{
     machine::Machine,
@@ -53,6 +55,9 @@ const LAST_WORD: Duration = Duration::from_millis(500);
 
 /// How long a write of the guest may wait for the target before the guest goes on alone.
 const STALL: Duration = Duration::from_secs(10);
+
+/// How long a target may owe an answer and give none before its connections count as lost.
+const SILENCE: Duration = Duration::from_secs(20);
 
 /// A move to be made from here.
 pub struct SourceMove {
@@ -110,6 +115,14 @@ struct Driver {
     pages: Option<PagesOut>,
     mirrors: Arc<Vec<BlocksOut>>,
     pending_links: Vec<Link>,
+    /// Number of the connections in use, from 1.
+    epoch: u32,
+    /// Connections being made anew.
+    redial: Option<Arc<Redial>>,
+    /// Connections made anew whose streams have not gone on yet.
+    redialled: Option<Redialled>,
+    /// Since when the target's word is awaited that it is ready, or how far it has got.
+    awaiting_word: Option<Instant>,
     pace: Arc<Pace>,
     control_lost: Arc<AtomicBool>,
     meter: Meter,
@@ -168,6 +181,10 @@ impl SourceMove {
             pages: None,
             mirrors: Arc::new(Vec::new()),
             pending_links: Vec::new(),
+            epoch: 0,
+            redial: None,
+            redialled: None,
+            awaiting_word: None,
             pace,
             control_lost: Arc::new(AtomicBool::new(false)),
             meter: Meter::default(),
@@ -240,7 +257,16 @@ impl Driver {
                 Err(RecvTimeoutError::Disconnected) => None,
             };
             // Looked at on every turn: a target that keeps talking may still not be getting anywhere.
-            let event = self.overdue(&engine).or(event);
+            let event = match self.overdue(&engine) {
+                Some(overdue) => {
+                    if let Some(event) = event {
+                        self.held.push_front(event);
+                    }
+                    Some(overdue)
+                }
+                None => event,
+            };
+            let event = event.map(|event| self.prepare(event));
             if let Some(Event::Failed(why) | Event::LinkLost(why) | Event::JournalFailed(why)) = &event {
                 tracing::warn!(phase = ?engine.phase(), why, "the move is in trouble");
             }
@@ -276,26 +302,48 @@ impl Driver {
         event
     }
 
+    /// What the driver does itself about an event before the engine hears of it.
+    fn prepare(&mut self, event: Event) -> Event {
+        match event {
+            Event::Connected => match self.connected_again() {
+                Ok(()) => Event::Connected,
+                Err(error) => Event::Failed(error.to_string()),
+            },
+            Event::Target(TargetMsg::Ready | TargetMsg::Resumed(_)) => {
+                self.awaiting_word = None;
+                event
+            }
+            event => event,
+        }
+    }
+
     /// A guest is not left waiting, paused or in a write to its disk, for a peer that has stopped answering without closing its
-    /// connections.
+    /// connections. Before the pause such connections are lost ones.
     fn overdue(&mut self, engine: &Source) -> Option<Event> {
-        if engine.phase() >= Phase::Committing {
+        let phase = engine.phase();
+        if phase >= Phase::Committing {
             return None;
         }
         let limit = self.pause_limit().as_micros() as Micros;
-        if engine.phase() >= Phase::Pausing && self.now() > engine.marks().pause + limit {
+        if phase >= Phase::Pausing && self.now() > engine.marks().pause + limit {
             return Some(Event::Failed(format!(
                 "the switchover has not ended within {} s",
                 limit / 1_000_000
             )));
         }
-        let stalled = self.mirrors.iter().filter_map(BlocksOut::stalled).any(|time| time > STALL);
-        stalled.then(|| {
-            Event::Failed(format!(
-                "the target has not answered a write of the guest for {} s",
-                STALL.as_secs()
-            ))
-        })
+        let silence = |what: &str, time: Duration| {
+            Event::LinkLost(format!("the target has not answered {what} for {} s", time.as_secs()))
+        };
+        if self.mirrors.iter().filter_map(BlocksOut::stalled).any(|time| time > STALL) {
+            return Some(silence("a write of the guest", STALL));
+        }
+        if phase >= Phase::Pausing || phase == Phase::Reconnecting {
+            return None;
+        }
+        let blocks = self.mirrors.iter().filter_map(BlocksOut::silent);
+        let pages = self.pages.iter().filter_map(PagesOut::silent);
+        let word = self.awaiting_word.iter().map(Instant::elapsed);
+        blocks.chain(pages).chain(word).any(|time| time > SILENCE).then(|| silence("at all", SILENCE))
     }
 
     fn pause_limit(&self) -> Duration {
@@ -348,8 +396,14 @@ impl Driver {
                     Err(error) => self.post(Event::Failed(error.to_string())),
                 }
             }
-            Action::Reconnect => self.post(Event::GaveUp("this driver makes no connection anew".into())),
-            Action::Restore(_) => self.post(Event::Failed("this driver takes nothing back".into())),
+            Action::Reconnect => {
+                let begun = self.reconnect();
+                self.attempt("connect again", begun);
+            }
+            Action::Restore(arrived) => match self.restore(&arrived) {
+                Ok(event) => self.post(event),
+                Err(error) => self.post(Event::Failed(error.to_string())),
+            },
             Action::Tell(message) => self.tell(&message),
             Action::StartMirrors => {
                 let started = self.start_mirrors();
@@ -415,6 +469,10 @@ impl Driver {
                 self.task.console.go_on();
             }
             Action::Finish { reason, cancelled } => {
+                if let Some(redial) = &self.redial {
+                    redial.give_up();
+                }
+                self.redialled = None;
                 self.mirrors = Arc::new(Vec::new());
                 self.pages = None;
                 match &mut self.peer {
@@ -498,8 +556,8 @@ impl Driver {
             Some(pages) => {
                 let gone = || MoveError::Machine("the page stream has ended".into());
                 let proof = pages.proof().ok_or_else(gone)?;
-                counters.data_pages = proof.data_pages;
-                counters.zero_pages = proof.zero_pages;
+                counters.data_pages = proof.counts.data;
+                counters.zero_pages = proof.counts.zero;
                 Some(proof.digest)
             }
             None => None,
