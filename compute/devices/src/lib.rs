@@ -15,6 +15,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 pub mod disk;
 mod error;
+pub mod net;
 pub mod pci;
 mod power;
 mod serial;
@@ -23,10 +24,12 @@ pub mod virtio;
 
 pub use disk::DiskHandle;
 pub use error::DeviceError;
+pub use net::NetHandle;
 pub use pci::PciBus;
 pub use power::{InterruptLine, Power, PowerState, PowerWish};
 pub use serial::{ConsoleSink, Serial, SerialState};
 pub use virtio::blk::Block;
+pub use virtio::net::Net;
 pub use virtio::rng::Rng;
 pub use virtio::{Pausing, VirtioDevice};
 

@@ -89,7 +89,7 @@ impl VirtioDevice for Block {
     }
 
     fn activate(&mut self, activation: Activation) -> Result<(), DeviceError> {
-        let Activation { queues, interrupt } = activation;
+        let Activation { queues, interrupt, .. } = activation;
         for active in queues {
             let (kick, queue) = DeviceQueue::new(active, Arc::clone(&self.memory), Arc::clone(&interrupt));
             self.disk.start(Started { queue, kick, facts: Arc::clone(&self.facts) })?;
@@ -113,16 +113,20 @@ impl VirtioDevice for Block {
         self.disk.resume()
     }
 
-    fn save(&self) -> DeviceState {
+    fn save(&self) -> Result<DeviceState, DeviceError> {
         let DiskFacts { sectors, read_only, serial } = &*self.facts;
-        DeviceState::Block { sectors: *sectors, read_only: *read_only, serial: serial.clone() }
+        Ok(DeviceState::Block { sectors: *sectors, read_only: *read_only, serial: serial.clone() })
     }
 
     fn restore(&mut self, state: &DeviceState) -> Result<(), DeviceError> {
-        let here = self.save();
+        let here = self.save()?;
         if *state == here {
             return Ok(());
         }
-        Err(DeviceError::bad_state(self.disk.name(), format!("it is {state:?} there and {here:?} here")))
+        let there = match state {
+            DeviceState::Block { .. } => format!("{state:?}"),
+            other => other.kind().to_owned(),
+        };
+        Err(DeviceError::bad_state(self.disk.name(), format!("it is {there} there and {here:?} here")))
     }
 }

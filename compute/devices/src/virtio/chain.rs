@@ -27,6 +27,9 @@ pub enum BadChain {
     /// More descriptors than anyone needs.
     #[error("a descriptor chain has more than {MAX_DESCRIPTORS} descriptors")]
     TooLong,
+    /// A buffer lies outside the guest's memory.
+    #[error("a descriptor chain has a buffer outside guest memory")]
+    Unmapped,
     /// The header or the status is missing, so that the driver cannot even be told.
     #[error("a request has no room for its header or its status")]
     Frame,

@@ -23,6 +23,8 @@ pub struct Interrupt {
     queue_vectors: Vec<AtomicU16>,
     isr: AtomicU8,
     needs_reset: AtomicBool,
+    /// Not saved: after a restore it begins anew, which a driver in the middle of a read takes as a change.
+    generation: AtomicU8,
 }
 
 /// The saved part. Plain and public: untrusted until restored.
@@ -46,6 +48,7 @@ impl Interrupt {
             queue_vectors: (0..queues).map(|_| AtomicU16::new(NO_VECTOR)).collect(),
             isr: AtomicU8::new(0),
             needs_reset: AtomicBool::new(false),
+            generation: AtomicU8::new(0),
         }
     }
 
@@ -63,6 +66,18 @@ impl Interrupt {
             self.isr.fetch_or(ISR_CONFIG, Ordering::AcqRel);
             self.msix.signal(self.config_vector.load(Ordering::Acquire));
         }
+    }
+
+    /// Tells the driver that the device's configuration has changed.
+    pub fn config_changed(&self) {
+        self.generation.fetch_add(1, Ordering::AcqRel);
+        self.isr.fetch_or(ISR_CONFIG, Ordering::AcqRel);
+        self.msix.signal(self.config_vector.load(Ordering::Acquire));
+    }
+
+    /// Counts changes of the configuration, so that a driver that read it in pieces knows whether they fit.
+    pub(crate) fn generation(&self) -> u8 {
+        self.generation.load(Ordering::Acquire)
     }
 
     /// Whether [`needs_reset`](Self::needs_reset) was called since the last reset.

@@ -1,7 +1,7 @@
 //! Virtio 1.2 devices, apart from the bus they sit on.
 //!
 //! What lives here: the contract between transport and device ([`VirtioDevice`]), the registers of the PCI transport
-//! (`transport`), rings and chains, the block and entropy devices. What never enters: PCI configuration space,
+//! (`transport`), rings and chains, the block, network and entropy devices. What never enters: PCI configuration space,
 //! image formats.
 
 use std::sync::{Arc, mpsc};
@@ -15,6 +15,7 @@ use crate::{DeviceError, SharedMemory};
 pub mod blk;
 mod chain;
 mod interrupt;
+pub mod net;
 mod queue;
 pub mod rng;
 mod transport;
@@ -29,7 +30,7 @@ pub(crate) use transport::{COMMON_BYTES, Transport};
 
 /// A device as the transport drives it. One owner calls it at a time; the device's own thread serves the queues.
 pub trait VirtioDevice: Send {
-    /// The virtio device id (virtio 1.2 section 5): 2 for block, 4 for entropy.
+    /// The virtio device id (virtio 1.2 section 5): 1 for network, 2 for block, 4 for entropy.
     fn id(&self) -> u16;
     /// The PCI class code, 24 bits.
     fn class(&self) -> u32;
@@ -37,7 +38,7 @@ pub trait VirtioDevice: Send {
     fn features(&self) -> u64;
     /// The largest size of each queue, powers of two.
     fn queue_sizes(&self) -> &[u16];
-    /// The device-specific configuration, read-only for the guest.
+    /// The device-specific configuration as it is now, read-only for the guest. Its length never changes.
     fn config(&self) -> Vec<u8>;
     /// The memory the rings lie in.
     fn memory(&self) -> &SharedMemory;
@@ -51,14 +52,16 @@ pub trait VirtioDevice: Send {
     fn pause(&self) -> Result<Pausing, DeviceError>;
     /// Goes on, looking at the queues again even without a notification.
     fn resume(&self) -> Result<(), DeviceError>;
-    /// What the device knows beyond its transport.
-    fn save(&self) -> DeviceState;
+    /// What the device knows beyond its transport. Meaningful while paused.
+    fn save(&self) -> Result<DeviceState, DeviceError>;
     /// Compares or takes what [`save`](Self::save) said on the other side.
     fn restore(&mut self, state: &DeviceState) -> Result<(), DeviceError>;
 }
 
 /// What a device gets when its driver is ready.
 pub struct Activation {
+    /// All features the driver accepted.
+    pub features: u64,
     /// The queues the driver enabled.
     pub queues: Vec<ActiveQueue>,
     /// How to interrupt the guest.
@@ -98,6 +101,24 @@ pub enum DeviceState {
     },
     /// An entropy device, which remembers nothing.
     Entropy,
+    /// A network device.
+    Net {
+        /// Its MAC address; must be the same on both sides.
+        mac: [u8; 6],
+        /// A packet with its header that was taken from the wire and found no room in the guest's ring yet.
+        pending: Option<Vec<u8>>,
+    },
+}
+
+impl DeviceState {
+    /// The kind of device, in a sentence about a state that does not fit.
+    pub(crate) fn kind(&self) -> &'static str {
+        match self {
+            Self::Block { .. } => "a block device",
+            Self::Entropy => "an entropy device",
+            Self::Net { .. } => "a network device",
+        }
+    }
 }
 
 /// A pause under way.

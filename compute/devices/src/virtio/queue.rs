@@ -4,6 +4,7 @@
 //! What lives here: the checks around `virtio-queue`, whose own iterator swallows what is wrong with a ring. What
 //! never enters: what a chain asks for.
 
+use std::num::Wrapping;
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 
@@ -15,6 +16,11 @@ use vmm_sys_util::eventfd::EventFd;
 use super::chain::{BadChain, Chain};
 use super::{ActiveQueue, Interrupt, RingPosition};
 use crate::SharedMemory;
+
+/// Layout of the rings (virtio 1.2 section 2.7): what comes before the elements, and a used element.
+const AVAILABLE_HEADER_BYTES: u64 = 4;
+const USED_HEADER_BYTES: u64 = 4;
+const USED_ELEMENT_BYTES: u64 = 8;
 
 /// A ring that cannot be served any more.
 #[derive(Debug, thiserror::Error)]
@@ -102,12 +108,41 @@ impl DeviceQueue {
         self.queue.enable_notification(&*self.memory).map_err(|source| RingError::Queue { index, source })
     }
 
+    /// Takes the last chain back that [`next`](Self::next) gave: it comes again.
+    pub fn put_back(&mut self) {
+        self.queue.go_to_previous_position();
+    }
+
+    /// Number of descriptors.
+    pub fn size(&self) -> u16 {
+        self.queue.size()
+    }
+
     /// Gives chain `head` back with `written` bytes written into it, and interrupts the driver if it wants that.
     pub fn complete(&mut self, head: u16, written: u32) -> Result<(), RingError> {
+        self.complete_together(&[(head, written)])
+    }
+
+    /// Gives several chains back, in this order, so that the driver sees all of them or none yet (virtio 1.2 section
+    /// 5.1.6.3.2 asks for it where one packet fills them).
+    pub fn complete_together(&mut self, chains: &[(u16, u32)]) -> Result<(), RingError> {
         let index = self.index;
         let fail = |source| RingError::Queue { index, source };
-        self.queue.add_used(&*self.memory, head, written).map_err(fail)?;
-        if self.queue.needs_notification(&*self.memory).map_err(fail)? && !self.interrupts_unwanted() {
+        let Some(((head, written), before)) = chains.split_last() else { return Ok(()) };
+        // `add_used` shows an element at once, so all but the last are put behind the index by hand.
+        for (head, written) in before {
+            let slot = u64::from(self.queue.next_used() % self.queue.size());
+            let mut element = [0; USED_ELEMENT_BYTES as usize];
+            element[..4].copy_from_slice(&u32::from(*head).to_le_bytes());
+            element[4..].copy_from_slice(&written.to_le_bytes());
+            let at = self.queue.used_ring().wrapping_add(USED_HEADER_BYTES + slot * USED_ELEMENT_BYTES);
+            self.memory
+                .write_slice(&element, GuestAddress(at))
+                .map_err(|source| fail(virtio_queue::Error::GuestMemory(source)))?;
+            self.queue.set_next_used(self.queue.next_used().wrapping_add(1));
+        }
+        self.queue.add_used(&*self.memory, *head, *written).map_err(fail)?;
+        if self.interrupt_wanted(chains.len() as u16)? {
             self.interrupt.queue(self.index);
         }
         Ok(())
@@ -125,14 +160,27 @@ impl DeviceQueue {
         self.interrupt.needs_reset();
     }
 
-    /// The available ring's flag that counts while EVENT_IDX is off (virtio 1.2 section 2.7.7.2).
-    fn interrupts_unwanted(&self) -> bool {
-        if self.queue.event_idx_enabled() {
-            return false;
-        }
+    /// Whether the driver wants an interrupt for the last `count` used elements: with EVENT_IDX, if one of them is the
+    /// one it named (virtio 1.2 section 2.7.7.2); else unless its flag says no.
+    fn interrupt_wanted(&self, count: u16) -> Result<bool, RingError> {
+        // The driver writes its wish before it looks at the used ring a last time.
         fence(Ordering::SeqCst);
-        let flags: u16 =
-            self.memory.load(GuestAddress(self.queue.avail_ring()), Ordering::Relaxed).unwrap_or(0);
-        u32::from(u16::from_le(flags)) & VRING_AVAIL_F_NO_INTERRUPT != 0
+        let available = self.queue.avail_ring();
+        let at = if self.queue.event_idx_enabled() {
+            available.wrapping_add(AVAILABLE_HEADER_BYTES + u64::from(self.queue.size()) * 2)
+        } else {
+            available
+        };
+        let index = self.index;
+        let word: u16 = self
+            .memory
+            .load(GuestAddress(at), Ordering::Relaxed)
+            .map_err(|_| RingError::Unreadable { index })?;
+        let word = u16::from_le(word);
+        if !self.queue.event_idx_enabled() {
+            return Ok(u32::from(word) & VRING_AVAIL_F_NO_INTERRUPT == 0);
+        }
+        let passed = Wrapping(self.queue.next_used()) - Wrapping(word) - Wrapping(1);
+        Ok(passed.0 < count)
     }
 }

@@ -108,7 +108,7 @@ impl VirtioDevice for Rng {
     }
 
     fn activate(&mut self, activation: Activation) -> Result<(), DeviceError> {
-        let Activation { queues, interrupt } = activation;
+        let Activation { queues, interrupt, .. } = activation;
         for active in queues {
             let (kick, queue) = DeviceQueue::new(active, Arc::clone(&self.memory), Arc::clone(&interrupt));
             self.send(Command::Start { queue, kick })?;
@@ -134,14 +134,14 @@ impl VirtioDevice for Rng {
         self.send(Command::Resume)
     }
 
-    fn save(&self) -> DeviceState {
-        DeviceState::Entropy
+    fn save(&self) -> Result<DeviceState, DeviceError> {
+        Ok(DeviceState::Entropy)
     }
 
     fn restore(&mut self, state: &DeviceState) -> Result<(), DeviceError> {
         match state {
             DeviceState::Entropy => Ok(()),
-            DeviceState::Block { .. } => Err(DeviceError::bad_state(NAME, "it is a block device there")),
+            other => Err(DeviceError::bad_state(NAME, format!("it is {} there", other.kind()))),
         }
     }
 }

@@ -69,8 +69,6 @@ pub struct Transport {
     device: Box<dyn VirtioDevice>,
     interrupt: Arc<Interrupt>,
     kicks: Arc<[EventFd]>,
-    /// The device's configuration, which never changes.
-    config: Vec<u8>,
     offered: u64,
     driver_features: u64,
     device_feature_select: u32,
@@ -94,7 +92,6 @@ impl Transport {
         let queues = device.queue_sizes().iter().map(|size| QueueRegisters::reset(*size)).collect();
         Self {
             name: name.to_owned(),
-            config: device.config(),
             device,
             interrupt,
             kicks,
@@ -116,13 +113,14 @@ impl Transport {
 
     /// Bytes of device-specific configuration.
     pub fn config_bytes(&self) -> usize {
-        self.config.len()
+        self.device.config().len()
     }
 
     /// A guest's read of the device-specific configuration; zero behind its end.
     pub fn read_config(&self, offset: usize, data: &mut [u8]) {
+        let config = self.device.config();
         for (at, byte) in (offset..).zip(data) {
-            *byte = self.config.get(at).copied().unwrap_or(0);
+            *byte = config.get(at).copied().unwrap_or(0);
         }
     }
 
@@ -144,7 +142,7 @@ impl Transport {
         put(0x0c, &half(self.driver_features, self.driver_feature_select).to_le_bytes());
         put(0x10, &self.interrupt.config_vector().to_le_bytes());
         put(0x12, &(self.queues.len() as u16).to_le_bytes());
-        put(0x14, &[self.status()]);
+        put(0x14, &[self.status(), self.interrupt.generation()]);
         put(0x16, &self.queue_select.to_le_bytes());
         if let Some(queue) = self.queues.get(usize::from(self.queue_select)) {
             put(0x18, &queue.size.to_le_bytes());
@@ -255,7 +253,8 @@ impl Transport {
                 .map_err(DeviceError::io(&self.name, "duplicate a queue's event"))?;
             queues.push(ActiveQueue { index, queue, kick });
         }
-        self.device.activate(Activation { queues, interrupt: Arc::clone(&self.interrupt) })?;
+        let features = self.driver_features;
+        self.device.activate(Activation { features, queues, interrupt: Arc::clone(&self.interrupt) })?;
         self.active = true;
         Ok(())
     }
@@ -295,7 +294,7 @@ impl Transport {
             queue_select: self.queue_select,
             queues,
             interrupt: self.interrupt.state(),
-            device: self.device.save(),
+            device: self.device.save()?,
         })
     }
 

@@ -128,7 +128,7 @@ impl Machine {
         assert!(self.bus.mmio_write(address, &value.to_le_bytes()[..len]), "nothing at {address:#x}");
     }
 
-    /// The used ring's index, as the device last wrote it.
+    /// The index of queue 0's used ring, as the device last wrote it.
     pub fn used_index(&self) -> u16 {
         self.memory.read_obj(GuestAddress(USED + 2)).unwrap()
     }
@@ -159,6 +159,8 @@ pub const EVENT_IDX: u64 = 1 << 29;
 pub const INDIRECT: u64 = 1 << 28;
 pub const NEEDS_RESET: u64 = 64;
 
+/// The rings of queue 0; those of the next ones follow, each set `RINGS` bytes behind the one before.
+const RINGS: u64 = 0x3000;
 const DESCRIPTORS: u64 = 0x1_0000;
 pub const AVAILABLE: u64 = 0x1_1000;
 pub const USED: u64 = 0x1_2000;
@@ -180,6 +182,9 @@ pub struct Driver {
     pub slot: u32,
     pub size: u16,
     pub common: u64,
+    /// Which queue, and how far behind those of queue 0 its rings are.
+    queue: u16,
+    rings: u64,
     notify: u64,
     event_idx: bool,
     next_descriptor: u16,
@@ -190,6 +195,11 @@ pub struct Driver {
 impl Driver {
     /// Brings the device in `slot` up with the given features and a queue of `size` descriptors.
     pub fn start(machine: &Machine, slot: u32, features: u64, size: u16) -> Self {
+        Self::start_queues(machine, slot, features, &[size]).remove(0)
+    }
+
+    /// Brings the device in `slot` up with the given features and queues of these sizes; gives a driver of each.
+    pub fn start_queues(machine: &Machine, slot: u32, features: u64, sizes: &[u16]) -> Vec<Self> {
         machine.config_write(slot, 4, 6, 2);
         let common = machine.structure(slot, 1);
         let notify = machine.structure(slot, 2);
@@ -205,35 +215,41 @@ impl Driver {
         let msix = machine.capability(slot, 0x11, 0);
         let table = u64::from(machine.config_read(slot, 0x10, 4) & !0xf)
             + u64::from(machine.config_read(slot, msix + 4, 4) & !7);
-        for vector in 0..2 {
+        for vector in 0..=sizes.len() as u64 {
             machine.write(table + vector * 16, 0xfee0_0000, 8);
             machine.write(table + vector * 16 + 8, 0x40 + u64::from(slot) * 2 + vector, 4);
             machine.write(table + vector * 16 + 12, 0, 4);
         }
         machine.config_write(slot, msix + 2, 0x8000, 2);
         machine.write(common + 0x10, 0, 2);
-        machine.write(common + 0x16, 0, 2);
-        machine.write(common + 0x18, u64::from(size), 2);
-        machine.write(common + 0x1a, 1, 2);
-        assert_eq!(machine.read(common + 0x1a, 2), 1);
-        machine.memory.write_slice(&[0; 0x3000], GuestAddress(DESCRIPTORS)).unwrap();
-        machine.write(common + 0x20, DESCRIPTORS, 8);
-        machine.write(common + 0x28, AVAILABLE, 4);
-        machine.write(common + 0x2c, 0, 4);
-        machine.write(common + 0x30, USED, 8);
-        machine.write(common + 0x1c, 1, 2);
-        let driver = Self {
-            slot,
-            size,
-            common,
-            notify,
-            event_idx: features & EVENT_IDX != 0,
-            next_descriptor: 0,
-            available: 0,
-            used: 0,
-        };
+        let mut drivers = Vec::new();
+        for (queue, size) in (0u16..).zip(sizes) {
+            let rings = u64::from(queue) * RINGS;
+            machine.write(common + 0x16, u64::from(queue), 2);
+            machine.write(common + 0x18, u64::from(*size), 2);
+            machine.write(common + 0x1a, u64::from(queue) + 1, 2);
+            assert_eq!(machine.read(common + 0x1a, 2), u64::from(queue) + 1);
+            machine.memory.write_slice(&[0; RINGS as usize], GuestAddress(DESCRIPTORS + rings)).unwrap();
+            machine.write(common + 0x20, DESCRIPTORS + rings, 8);
+            machine.write(common + 0x28, AVAILABLE + rings, 4);
+            machine.write(common + 0x2c, 0, 4);
+            machine.write(common + 0x30, USED + rings, 8);
+            machine.write(common + 0x1c, 1, 2);
+            drivers.push(Self {
+                slot,
+                size: *size,
+                common,
+                queue,
+                rings,
+                notify: notify + u64::from(queue) * 4,
+                event_idx: features & EVENT_IDX != 0,
+                next_descriptor: 0,
+                available: 0,
+                used: 0,
+            });
+        }
         machine.write(common + 0x14, 15, 1);
-        driver
+        drivers
     }
 
     pub fn status(&self, machine: &Machine) -> u64 {
@@ -263,7 +279,7 @@ impl Driver {
             let more = at + 1 < pieces.len();
             let flags = (u16::from(more) * NEXT) | (u16::from(*write) * WRITE);
             let next = if more { (index + 1) % self.size } else { 0 };
-            Self::descriptor(machine, DESCRIPTORS, index, (*address, *len, flags, next));
+            Self::descriptor(machine, self.rings + DESCRIPTORS, index, (*address, *len, flags, next));
         }
         self.next_descriptor = (head + pieces.len() as u16) % self.size;
         self.offer_head(machine, head);
@@ -280,7 +296,7 @@ impl Driver {
             Self::descriptor(machine, table, at, (*address, *len, flags, at + 1));
         }
         let indirect = (table, pieces.len() as u32 * 16, INDIRECT_FLAG, 0);
-        Self::descriptor(machine, DESCRIPTORS, head, indirect);
+        Self::descriptor(machine, self.rings + DESCRIPTORS, head, indirect);
         self.next_descriptor = (head + 1) % self.size;
         self.offer_head(machine, head);
         head
@@ -288,21 +304,28 @@ impl Driver {
 
     /// Offers whatever chain starts at `head`.
     pub fn offer_head(&mut self, machine: &Machine, head: u16) {
-        let slot = AVAILABLE + 4 + u64::from(self.available % self.size) * 2;
+        let slot = self.rings + AVAILABLE + 4 + u64::from(self.available % self.size) * 2;
         machine.memory.write_obj(head, GuestAddress(slot)).unwrap();
         self.available = self.available.wrapping_add(1);
-        machine.memory.write_obj(self.available, GuestAddress(AVAILABLE + 2)).unwrap();
+        machine.memory.write_obj(self.available, GuestAddress(self.rings + AVAILABLE + 2)).unwrap();
     }
 
     pub fn kick(&self, machine: &Machine) {
-        machine.write(self.notify, 0, 2);
+        machine.write(self.notify, u64::from(self.queue), 2);
     }
 
     /// With EVENT_IDX: interrupt when `count` more chains have been used.
     pub fn want_interrupt_after(&self, machine: &Machine, count: u16) {
         assert!(self.event_idx);
         let event = self.used.wrapping_add(count).wrapping_sub(1);
-        machine.memory.write_obj(event, GuestAddress(AVAILABLE + 4 + u64::from(self.size) * 2)).unwrap();
+        let at = self.rings + AVAILABLE + 4 + u64::from(self.size) * 2;
+        machine.memory.write_obj(event, GuestAddress(at)).unwrap();
+    }
+
+    /// Chains used and not collected yet.
+    pub fn waiting(&self, machine: &Machine) -> u16 {
+        let index: u16 = machine.memory.read_obj(GuestAddress(self.rings + USED + 2)).unwrap();
+        index.wrapping_sub(self.used)
     }
 
     /// Waits for `count` used chains; returns their heads and lengths.
@@ -311,10 +334,10 @@ impl Driver {
             self.want_interrupt_after(machine, count);
         }
         // A chain may have been used before the device could see the wish, hence the look at the ring first.
-        machine.messages.wait_until(|| machine.used_index().wrapping_sub(self.used) >= count);
+        machine.messages.wait_until(|| self.waiting(machine) >= count);
         (0..count)
             .map(|_| {
-                let slot = USED + 4 + u64::from(self.used % self.size) * 8;
+                let slot = self.rings + USED + 4 + u64::from(self.used % self.size) * 8;
                 self.used = self.used.wrapping_add(1);
                 let (head, len): (u32, u32) = (
                     machine.memory.read_obj(GuestAddress(slot)).unwrap(),
