@@ -6,3 +6,5 @@ pub mod machine;
 pub mod memory;
 pub mod migrate;
 pub mod process;
+
+pub use vmove_devices::net;

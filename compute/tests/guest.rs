@@ -28,6 +28,7 @@ fn config(directory: &Path, vcpus: u8, words: &str) -> MachineConfig {
             name: "disk0".to_owned(),
             source: DiskSource::Image { path: image, options: OpenOptions::default() },
         }],
+        networks: Vec::new(),
     }
 }
 

@@ -30,6 +30,7 @@ fn config(kernel: &Path, vcpus: u8) -> MachineConfig {
         initrd: None,
         cmdline: "console=ttyS0".to_owned(),
         disks: Vec::new(),
+        networks: Vec::new(),
     }
 }
 

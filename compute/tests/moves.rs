@@ -39,6 +39,7 @@ fn definition(vcpus: u8, memory_mib: u64, words: &str) -> VmDefinition {
             datastore: "d".into(),
             read_only: false,
         }],
+        networks: vec![],
     }
 }
 

@@ -145,6 +145,7 @@ fn definition(name: &str, datastore: &str) -> VmDefinition {
             datastore: datastore.into(),
             read_only: false,
         }],
+        networks: vec![],
     }
 }
 
@@ -241,6 +242,39 @@ async fn what_cannot_be_made_leaves_nothing_behind() {
     assert!(!host.image("fast", "web").parent().unwrap().exists() && !host.vm("web").path().exists());
     // The name is free again.
     client.create(&host.definition("web")).await.unwrap();
+    host.end().await;
+}
+
+#[tokio::test]
+async fn networks_get_an_address_for_life_and_what_is_wrong_with_them_is_named() {
+    let mut host = Host::new("left");
+    let client = host.serve().await;
+    let network = |name: &str, mac: Option<&str>| NetworkDefinition {
+        name: name.into(),
+        bridge: Some("vmove-none".into()),
+        tap: None,
+        mac: mac.map(|mac| mac.parse().unwrap()),
+    };
+    let given = "02:00:00:00:00:01";
+    let mut request = host.definition("web");
+    request.definition.networks = vec![network("lan", None), network("wan", Some(given))];
+    client.create(&request).await.unwrap();
+    let made = client.vm("web").await.unwrap().definition.networks;
+    assert_eq!(made[0].mac.unwrap().octets()[0] & 3, 2, "local and unicast: {made:?}");
+    assert_eq!(made[1].mac.unwrap().to_string(), given);
+
+    let mut request = host.definition("db");
+    request.definition.networks = vec![network("lan", Some(given))];
+    let Err(ClientError::Api { detail, .. }) = client.create(&request).await else { panic!() };
+    assert!(detail.blockers[0].contains(given) && detail.blockers[0].contains("VM web"), "{detail:?}");
+    request.definition.networks = vec![network("lan", None), network("lan", None)];
+    let Err(ClientError::Api { detail, .. }) = client.create(&request).await else { panic!() };
+    assert!(detail.message.contains("\"lan\" is there twice"), "{detail:?}");
+
+    let Err(ClientError::Api { detail, .. }) = client.start("web").await else { panic!() };
+    let named = |blocker: &&String| blocker.contains("bridge vmove-none");
+    assert_eq!(detail.blockers.iter().filter(named).count(), 2, "{detail:?}");
+    assert_eq!(client.vm("web").await.unwrap().definition.networks, made, "kept");
     host.end().await;
 }
 

@@ -12,7 +12,7 @@ use vmove_storage::{ImageSpec, OwnerState, Stamp};
 
 use super::error::{ApiError, blocking};
 use super::vmdir::{VmDir, disks_at};
-use super::{Agent, images};
+use super::{Agent, images, networks};
 use crate::api::types::{CreateVm, DiskPlacement, VmSummary};
 use crate::commands::is_reserved;
 
@@ -43,6 +43,7 @@ pub fn check_definition(vm: &VmDefinition) -> Result<(), ApiError> {
     if vm.disks.len() > MAX_DISKS {
         return invalid(format!("{} disks; at most {MAX_DISKS} are possible", vm.disks.len()));
     }
+    networks::check(&vm.networks).or_else(invalid)?;
     let mut names = std::collections::BTreeSet::new();
     for disk in &vm.disks {
         check_name("disk", &disk.name)?;
@@ -83,6 +84,7 @@ impl Agent {
 
     fn build(&self, vm: &VmDir, mut request: CreateVm) -> Result<(), ApiError> {
         vm.sockets_fit().map_err(ApiError::invalid)?;
+        self.fill_macs(&mut request.definition)?;
         let specs = self.resolve(&mut request)?;
         check_definition(&request.definition)?;
         let definition = &request.definition;
@@ -129,7 +131,7 @@ impl Agent {
             }
         }
         let mut specs = Vec::new();
-        let mut blockers = Vec::new();
+        let mut blockers = self.taken_macs(&request.definition)?;
         let mut needs: std::collections::BTreeMap<String, u64> = Default::default();
         for disk in &mut request.definition.disks {
             if disk.datastore.is_empty() {

@@ -223,6 +223,7 @@ impl Agent {
         };
         let (places, mut blockers) = plan::receive(offer, &there);
         blockers.extend(self.registry.vm(&offer.definition.name)?.sockets_fit().err());
+        blockers.extend(self.network_blockers(&offer.definition)?);
         let mut disks = Vec::new();
         for (disk, place) in offer.disks.iter().zip(places) {
             let Some(datastore) = place else { continue };

@@ -28,6 +28,7 @@ pub mod incoming;
 pub mod launch;
 pub mod listener;
 pub mod moves;
+mod networks;
 pub mod peers;
 pub mod plan;
 pub mod process;

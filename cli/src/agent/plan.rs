@@ -299,6 +299,7 @@ mod tests {
                     read_only: false,
                 })
                 .collect(),
+            networks: Vec::new(),
         }
     }
 

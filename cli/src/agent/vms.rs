@@ -269,13 +269,15 @@ impl Agent {
     fn boot_blockers(&self, definition: &VmDefinition) -> Result<Vec<String>, ApiError> {
         let offered = hostinfo::cpu_features(&self.config.cpu_mask)?;
         let free = hostinfo::memory()?.available;
-        Ok(super::plan::host_blockers(
+        let mut blockers = super::plan::host_blockers(
             &self.config.name,
             definition,
             &definition.cpu_features,
             &offered,
             free,
-        ))
+        );
+        blockers.extend(self.network_blockers(definition)?);
+        Ok(blockers)
     }
 
     /// Ends a running VM: its disks are flushed, the guest is not asked.

@@ -11,7 +11,7 @@ use utoipa::ToSchema;
 
 pub use vmove_compute::process::protocol::{
     DiskDefinition, DiskFormat, DiskPlacement, DiskReport, DowntimeParts, ImageShape, Listening,
-    MemoryReport, MoveProgress, MoveReport, Place, Verdict, VmDefinition,
+    MemoryReport, MoveProgress, MoveReport, NetworkDefinition, Place, Verdict, VmDefinition,
 };
 
 /// Version of the agreement between two agents; both sides of a move must have the same.

@@ -43,6 +43,7 @@ impl Subject {
             cmdline: format!("vmove.cpus=1 vmove.fill_mib={fill_mib} vmove.heartbeat_ms=2000"),
             cpu_features: Vec::new(),
             disks: Vec::new(),
+            networks: Vec::new(),
         };
         create(rig, &agents[0], definition).await?;
         let watch = Watch::new(agents[0].clone(), VM).await?;

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use super::{CommandError, is_reserved};
-use crate::api::types::{CreateVm, DiskDefinition, DiskFormat, VmDefinition};
+use crate::api::types::{CreateVm, DiskDefinition, DiskFormat, NetworkDefinition, VmDefinition};
 use crate::client::Client;
 use crate::render::{self, units};
 
@@ -18,7 +18,7 @@ pub struct CreateArgs {
     #[arg(required_unless_present = "file")]
     pub name: Option<String>,
     /// Definition in TOML (name, vcpus, memory_mib, cmdline, disks) instead of the options
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["name", "cmdline", "vcpus", "memory", "disk"])]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["name", "cmdline", "vcpus", "memory", "disk", "net"])]
     pub file: Option<PathBuf>,
     /// Kernel to boot: an ELF with a PVH note, or a bzImage
     #[arg(long, value_name = "FILE")]
@@ -38,6 +38,9 @@ pub struct CreateArgs {
     /// A disk: name=vda,size=2GiB[,datastore=fast][,format=qcow2|raw][,from=IMAGE][,readonly] (repeat for more)
     #[arg(long, value_name = "SPEC", value_parser = disk)]
     pub disk: Vec<DiskSpec>,
+    /// A network interface: bridge=br0[,mac=52:54:00:12:34:56][,name=eth0], or tap=tap0 for one made by hand (repeat for more)
+    #[arg(long, value_name = "SPEC", value_parser = net)]
+    pub net: Vec<NetworkDefinition>,
     /// Print the new VM as JSON
     #[arg(long)]
     pub json: bool,
@@ -106,6 +109,39 @@ fn disk(text: &str) -> Result<DiskSpec, String> {
     Ok(DiskSpec { disk, from })
 }
 
+fn net(text: &str) -> Result<NetworkDefinition, String> {
+    let mut network = NetworkDefinition { name: String::new(), bridge: None, tap: None, mac: None };
+    for word in text.split(',') {
+        let (key, value) = word.split_once('=').unwrap_or((word, ""));
+        let taken = match key {
+            "name" => !std::mem::replace(&mut network.name, value.to_owned()).is_empty(),
+            "bridge" => network.bridge.replace(value.to_owned()).is_some(),
+            "tap" => network.tap.replace(value.to_owned()).is_some(),
+            "mac" => {
+                let mac = value.parse().map_err(|e: vmove_compute::net::BadMac| e.to_string())?;
+                network.mac.replace(mac).is_some()
+            }
+            _ => return Err(format!("unknown word '{word}' (known: bridge, tap, mac, name)")),
+        };
+        if taken {
+            return Err(format!("'{key}' is given twice"));
+        }
+    }
+    match network.attachment() {
+        Some(_) => Ok(network),
+        None => Err("bridge= is missing (or tap=), or both are given".to_owned()),
+    }
+}
+
+/// Networks without a name are called after their place.
+fn named(networks: &[NetworkDefinition]) -> Vec<NetworkDefinition> {
+    let mut networks = networks.to_vec();
+    for (index, network) in networks.iter_mut().enumerate().filter(|(_, network)| network.name.is_empty()) {
+        network.name = format!("eth{index}");
+    }
+    networks
+}
+
 fn image_format(text: &str) -> Result<DiskFormat, String> {
     match text {
         "qcow2" => Ok(DiskFormat::Qcow2),
@@ -132,6 +168,7 @@ impl CreateArgs {
                     cmdline: self.cmdline.clone(),
                     cpu_features: Vec::new(),
                     disks: self.disk.iter().map(|spec| spec.disk.clone()).collect(),
+                    networks: named(&self.net),
                 }
             }
             (None, None) => return Err(CommandError::Usage("a name or --file is needed".to_owned())),
@@ -221,6 +258,28 @@ mod tests {
         }
         assert!(memory_mib("1.5k").is_err() && memory_mib("0").is_err());
         assert_eq!(memory_mib("2GiB"), Ok(2048));
+    }
+
+    #[test]
+    fn network_words_are_understood_and_wrong_ones_named() {
+        let given = net("bridge=br0,mac=52:54:00:12:34:56,name=lan").unwrap();
+        assert_eq!((given.name.as_str(), given.bridge.as_deref()), ("lan", Some("br0")));
+        assert_eq!(given.mac.map(|mac| mac.to_string()).as_deref(), Some("52:54:00:12:34:56"));
+        let names: Vec<_> = named(&[net("bridge=a").unwrap(), given, net("tap=t").unwrap()])
+            .into_iter()
+            .map(|network| network.name)
+            .collect();
+        assert_eq!(names, ["eth0", "lan", "eth2"]);
+        for (text, part) in [
+            ("mac=52:54:00:12:34:56", "bridge="),
+            ("bridge=a,tap=b", "both"),
+            ("bridge=a,bridge=b", "twice"),
+            ("bridge=a,mac=ff:ff:ff:ff:ff:ff", "multicast"),
+            ("bridge=a,mac=52:54", "52:54"),
+            ("bridge=a,vlan=5", "vlan=5"),
+        ] {
+            assert!(net(text).is_err_and(|e| e.contains(part)), "{text}");
+        }
     }
 
     #[test]

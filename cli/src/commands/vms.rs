@@ -113,6 +113,11 @@ impl ShowArgs {
                 disk.datastore
             );
         }
+        for network in &vm.definition.networks {
+            let mac = network.mac.map_or_else(String::new, |mac| mac.to_string());
+            let on = network.attachment().map_or_else(String::new, |attachment| attachment.to_string());
+            let _ = writeln!(text, "  network {}: {mac} on {on}", network.name);
+        }
         if let Some(id) = &summary.move_id {
             let _ = writeln!(text, "  move       {id}");
         }

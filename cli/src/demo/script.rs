@@ -184,6 +184,7 @@ fn definition() -> VmDefinition {
             datastore: DATASTORES[0].to_owned(),
             read_only: false,
         }],
+        networks: Vec::new(),
     }
 }
 

@@ -5,6 +5,7 @@
 use std::path::PathBuf;
 
 use vmove_devices::DiskHandle;
+use vmove_devices::net::{Attachment, MacAddress};
 use vmove_storage::OpenOptions;
 
 use super::Error;
@@ -28,6 +29,8 @@ pub struct MachineConfig {
     pub cmdline: String,
     /// Disks, in the order the guest sees them.
     pub disks: Vec<DiskConfig>,
+    /// Network interfaces, in the order the guest sees them.
+    pub networks: Vec<NetConfig>,
 }
 
 /// One disk of a machine.
@@ -51,6 +54,19 @@ pub enum DiskSource {
     },
     /// A disk whose thread runs already, such as the target of a mirror.
     Open(DiskHandle),
+}
+
+/// One network interface of a machine.
+#[derive(Clone)]
+pub struct NetConfig {
+    /// Unique in the machine.
+    pub name: String,
+    /// The guest's address.
+    pub mac: MacAddress,
+    /// What of the host it is attached to.
+    pub attachment: Attachment,
+    /// Goes into the name of a tap that is made for it, for people to recognise.
+    pub owner: String,
 }
 
 impl MachineConfig {

@@ -12,11 +12,12 @@ mod save;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 
 use vmm_sys_util::eventfd::EventFd;
+use vmove_devices::net::AttachError;
 use vmove_devices::state::{Section, StateError};
-use vmove_devices::{ConsoleSink, DeviceError, DiskHandle};
+use vmove_devices::{ConsoleSink, DeviceError, DiskHandle, NetHandle};
 
 pub use crate::kvm::ExitReason;
-pub use config::{DiskConfig, DiskSource, MachineConfig};
+pub use config::{DiskConfig, DiskSource, MachineConfig, NetConfig};
 pub use prepared::PreparedMachine;
 
 use crate::boot::{self, BootSource};
@@ -44,6 +45,14 @@ pub enum Error {
     /// A device.
     #[error(transparent)]
     Device(#[from] DeviceError),
+    /// A network interface has nothing to be attached to.
+    #[error("network {name}: {source}")]
+    Attach {
+        /// The interface's name in the machine.
+        name: String,
+        /// Why not.
+        source: AttachError,
+    },
     /// The sections of a saved state.
     #[error(transparent)]
     State(#[from] StateError),
@@ -77,6 +86,7 @@ pub struct Machine {
     vcpus: Vec<Vcpu>,
     devices: Arc<MachineBus>,
     disks: Vec<DiskHandle>,
+    nics: Vec<NetHandle>,
     dirty: DirtyLog,
     vm: Arc<Vm>,
     exit: Arc<Exit>,
@@ -224,6 +234,23 @@ impl Machine {
     /// All disks, in the order the guest sees them.
     pub fn disks(&self) -> &[DiskHandle] {
         &self.disks
+    }
+
+    /// Tells the networks that the guest is here now ([`NetHandle::announce`]): for a guest that has come from elsewhere, just
+    /// before it runs.
+    ///
+    /// # Errors
+    /// [`Error::Device`] if a NIC's thread has died.
+    pub fn announce(&self) -> Result<(), Error> {
+        Ok(self.nics.iter().try_for_each(NetHandle::announce)?)
+    }
+
+    /// Lets go of the networks for good ([`NetHandle::leave`]): for a guest that runs elsewhere now.
+    ///
+    /// # Errors
+    /// [`Error::Device`] if a NIC's thread has died.
+    pub fn leave_networks(&self) -> Result<(), Error> {
+        Ok(self.nics.iter().try_for_each(NetHandle::leave)?)
     }
 
     /// The guest's RAM.

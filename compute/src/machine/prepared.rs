@@ -5,12 +5,13 @@
 use std::sync::{Arc, Mutex};
 
 use vmm_sys_util::eventfd::EventFd;
+use vmove_devices::net::Tap;
 use vmove_devices::state::{Section, Sections};
-use vmove_devices::{Block, ConsoleSink, DiskHandle, PciBus, Power, Rng, Serial};
+use vmove_devices::{Block, ConsoleSink, DiskHandle, Net, NetHandle, PciBus, Power, Rng, Serial};
 
 use super::bus::MachineBus;
 use super::exit::Exit;
-use super::{DiskConfig, DiskSource, Error, Machine, MachineConfig, save};
+use super::{DiskConfig, DiskSource, Error, Machine, MachineConfig, NetConfig, save};
 use crate::boot::Entry;
 use crate::kvm::{Bus, ExitListener, Hypervisor, IoEvents, IrqLine, Msi, NewVcpus, Vcpu, Vm};
 use crate::memory::{DirtyLog, GuestRam};
@@ -21,6 +22,7 @@ pub struct PreparedMachine {
     vcpus: NewVcpus,
     devices: Arc<MachineBus>,
     disks: Vec<DiskHandle>,
+    nics: Vec<NetHandle>,
     vm: Arc<Vm>,
     exit: Arc<Exit>,
     config: MachineConfig,
@@ -48,12 +50,22 @@ impl PreparedMachine {
             pci.add_virtio(&format!("disk-{name}"), Box::new(device))?;
             disks.push(disk);
         }
+        let mut nics = Vec::new();
+        for NetConfig { name, mac, attachment, owner } in &config.networks {
+            let tap = Tap::attach(attachment, owner, *mac)
+                .map_err(|source| Error::Attach { name: name.clone(), source })?;
+            tracing::info!(network = name, tap = tap.name(), %attachment, %mac, "attached");
+            let nic = NetHandle::open(name, *mac, Box::new(tap))?;
+            let device = Net::new(Arc::clone(vm.ram().memory()), nic.clone());
+            pci.add_virtio(&format!("net-{name}"), Box::new(device))?;
+            nics.push(nic);
+        }
         pci.add_virtio("entropy", Box::new(Rng::new(Arc::clone(vm.ram().memory()))?))?;
         pci.pause_all()?;
         let vcpus = NewVcpus::new(hypervisor, Arc::clone(&vm), config.vcpus)?;
         let power = Power::new(Arc::new(IrqLine { vm: Arc::clone(&vm), gsi: Power::IRQ }));
         let devices = Arc::new(MachineBus { pci, serial: Serial::new(line, console), power });
-        Ok(Self { vcpus, devices, disks, vm, exit: Arc::new(Exit::new()?), config })
+        Ok(Self { vcpus, devices, disks, nics, vm, exit: Arc::new(Exit::new()?), config })
     }
 
     /// The guest's RAM.
@@ -85,14 +97,14 @@ impl PreparedMachine {
         self.devices.serial.restore(&mut sections)?;
         self.devices.power.restore(&mut sections)?;
         sections.finish()?;
-        Ok(machine(vcpus, self.devices, self.disks, self.vm, self.exit))
+        Ok(machine(vcpus, self.devices, self.disks, self.nics, self.vm, self.exit))
     }
 
     /// Sets the first vCPU to the kernel's first instruction.
     pub(super) fn start(self, entry: Entry) -> Result<Machine, Error> {
         let (bus, listener) = (self.bus(), self.listener());
         let vcpus = self.vcpus.start(|regs, sregs| entry.set_registers(regs, sregs), &bus, &listener)?;
-        Ok(machine(vcpus, self.devices, self.disks, self.vm, self.exit))
+        Ok(machine(vcpus, self.devices, self.disks, self.nics, self.vm, self.exit))
     }
 
     fn bus(&self) -> Arc<dyn Bus> {
@@ -109,6 +121,7 @@ fn machine(
     vcpus: Vec<Vcpu>,
     devices: Arc<MachineBus>,
     disks: Vec<DiskHandle>,
+    nics: Vec<NetHandle>,
     vm: Arc<Vm>,
     exit: Arc<Exit>,
 ) -> Machine {
@@ -116,6 +129,7 @@ fn machine(
         vcpus,
         devices,
         disks,
+        nics,
         dirty: DirtyLog::new(Arc::clone(&vm)),
         vm,
         exit,

@@ -41,6 +41,7 @@ use crate::{
     memory::GuestRam,
     process::{
         console::Console,
+        networks,
         protocol::{DiskPlacement, IdentityPaths, IncomingSpec, Listening, VmDefinition},
     },
 };
@@ -370,6 +371,10 @@ impl Driver {
                 let Some(machine) = &self.machine else {
                     return Some(TargetEnd::Broken("no machine was loaded".into()));
                 };
+                // The guest is this host's now. Its first packets and those for it find their way at once.
+                if let Err(error) = machine.announce() {
+                    tracing::warn!(%error, "the guest's networks are not told that it is here");
+                }
                 if let Err(error) = machine.resume() {
                     return Some(TargetEnd::Broken(format!("the guest cannot go on here: {error}")));
                 }
@@ -426,6 +431,7 @@ impl Driver {
 
     /// Everything of the machine that does not depend on its state, so that the guest does not wait for it.
     fn prepare(&mut self, ram: GuestRam) -> Result<(), MoveError> {
+        let networks = networks::configs(&self.task.vm).map_err(|e| MoveError::Machine(e.to_string()))?;
         let config = MachineConfig {
             vcpus: self.task.vm.vcpus,
             memory_bytes: self.task.vm.memory_mib << 20,
@@ -440,6 +446,7 @@ impl Driver {
                     source: DiskSource::Open(disk.clone()),
                 })
                 .collect(),
+            networks,
         };
         let prepared = Machine::prepare(config, ram, self.task.console.sink());
         self.prepared = Some(prepared.map_err(|e| MoveError::Machine(format!("prepare the machine: {e}")))?);

@@ -268,6 +268,7 @@ fn boot(shared: &Shared) -> Result<Arc<Machine>, ProcessError> {
         initrd: spec.initrd.clone(),
         cmdline: spec.vm.cmdline.clone(),
         disks,
+        networks: super::networks::configs(&spec.vm)?,
     };
     let machine = Arc::new(Machine::boot(config, shared.console.sink())?);
     state.machine = Some(Arc::clone(&machine));

@@ -8,6 +8,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
+use vmove_devices::net::{Attachment, MacAddress};
 
 /// File in the VM's directory that holds the [`LaunchSpec`] (JSON).
 pub const LAUNCH_FILE: &str = "launch.json";
@@ -40,6 +41,9 @@ pub struct VmDefinition {
     /// Disks, in the order the guest sees them.
     #[serde(default)]
     pub disks: Vec<DiskDefinition>,
+    /// Network interfaces, in the order the guest sees them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub networks: Vec<NetworkDefinition>,
 }
 
 fn one() -> u8 {
@@ -61,6 +65,35 @@ pub struct DiskDefinition {
     /// The guest may not write.
     #[serde(default)]
     pub read_only: bool,
+}
+
+/// One network interface of a [`VmDefinition`]. It has a bridge or a tap, not both; hosts it moves to have one of the same name.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct NetworkDefinition {
+    /// Unique in the VM, as [`VmDefinition::name`].
+    pub name: String,
+    /// Bridge of the host; a tap of its own is made and put into it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bridge: Option<String>,
+    /// Tap of the host, made and connected by somebody else.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tap: Option<String>,
+    /// The guest's address, as `52:54:00:12:34:56`; made when the VM is, if none is given, and kept for its life.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>)]
+    pub mac: Option<MacAddress>,
+}
+
+impl NetworkDefinition {
+    /// What of the host it is attached to; none if that is not said, or said twice.
+    pub fn attachment(&self) -> Option<Attachment> {
+        match (&self.bridge, &self.tap) {
+            (Some(bridge), None) => Some(Attachment::Bridge(bridge.clone())),
+            (None, Some(tap)) => Some(Attachment::Tap(tap.clone())),
+            _ => None,
+        }
+    }
 }
 
 /// Image format of a disk.

@@ -38,7 +38,10 @@ impl Driver {
             for action in std::mem::take(&mut actions) {
                 stop_points::reach(&format!("source.{}", committed_name(&action)));
                 match action {
-                    CommittedAction::Tell(message) => self.tell(&message),
+                    CommittedAction::Tell(message) => {
+                        self.tell(&message);
+                        self.leave_networks();
+                    }
                     CommittedAction::Pivot => {
                         self.mirrors.iter().for_each(BlocksOut::detach);
                         let Peer::Local(target) = &self.peer else { continue };
@@ -78,6 +81,14 @@ impl Driver {
                 _ => continue,
             };
             actions = committed.step(self.now(), event);
+        }
+    }
+
+    /// The guest is another host's now, and so are its MAC addresses. Only once that host has been told: letting go of a tap
+    /// takes the kernel a while, and the guest stands still. A move of disks alone tells nobody and keeps its networks.
+    fn leave_networks(&self) {
+        if let Err(error) = self.task.machine.leave_networks() {
+            tracing::warn!(%error, "a network is let go only with this process");
         }
     }
 
