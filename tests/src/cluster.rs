@@ -12,6 +12,7 @@ use std::sync::atomic::{AtomicU8, Ordering};
 use serde::de::DeserializeOwned;
 use tempfile::TempDir;
 
+use crate::netns::Lan;
 use crate::processes;
 use crate::relay::Relay;
 use crate::stops::Stops;
@@ -19,6 +20,8 @@ use crate::wait::until;
 
 /// Datastores of every host; the first is the default.
 pub const DATASTORES: [&str; 2] = ["fast", "bulk"];
+/// Where agents listen that have an address of their own.
+const AGENT_PORT: u16 = 7070;
 /// Lines of each log shown when a test fails.
 const LOG_LINES: usize = 40;
 
@@ -67,6 +70,8 @@ pub struct Host {
     pub address: String,
     /// Runs the agent in a mount namespace of its own after this shell command.
     pub before_agent: Option<String>,
+    /// Runs the agent, and the commands that need a network, in this network namespace: words for `nsenter`.
+    pub inside: Option<Vec<String>>,
     dir: PathBuf,
     agent: Option<Child>,
 }
@@ -130,6 +135,20 @@ impl Cluster {
         cluster
     }
 
+    /// Hosts with these names in the namespaces of a network, the first in its host 0 and so on.
+    pub fn start_on(lan: &Lan, program: &str, hosts: &[&str], hold: &[&str]) -> Self {
+        let mut cluster = Self::prepare(program, hosts, hold);
+        for (index, host) in cluster.hosts.iter_mut().enumerate() {
+            host.inside = Some(lan.host(index).words());
+            host.address = format!("{}:{AGENT_PORT}", Lan::address(index));
+        }
+        for index in 0..hosts.len() {
+            cluster.join(index);
+        }
+        cluster.acquainted();
+        cluster
+    }
+
     /// The relay of a cluster that was started with one.
     pub fn relay(&self) -> &Relay {
         self.relay.as_ref().unwrap_or_else(|| panic!("this cluster has no relay"))
@@ -145,6 +164,7 @@ impl Cluster {
             state: path.join(name),
             address: free_address(),
             before_agent: None,
+            inside: None,
             dir: path.clone(),
             agent: None,
         };
@@ -161,7 +181,7 @@ impl Cluster {
     /// Makes a host (the first by `init`, the others by `join`) and starts its agent.
     pub fn join(&mut self, index: usize) {
         let host = &self.hosts[index];
-        let mut command = self.command();
+        let mut command = self.command_on(host);
         if index == 0 {
             command.arg("init");
         } else {
@@ -206,6 +226,15 @@ impl Cluster {
         command
     }
 
+    /// The program in the namespace of a host, if it has one.
+    fn command_on(&self, host: &Host) -> Command {
+        let Some(inside) = &host.inside else { return self.command() };
+        let mut command = Command::new("nsenter");
+        command.args(inside).arg("--").arg(&self.program);
+        command.env_remove("VMOVE_AGENT").env_remove("VMOVE_STATE").stdin(Stdio::null());
+        command
+    }
+
     fn run(command: &mut Command) -> Answer {
         let output = command.output().unwrap();
         Answer {
@@ -220,7 +249,7 @@ impl Cluster {
         let host = &self.hosts[index];
         let log = File::options().append(true).create(true).open(self.log(host)).unwrap();
         let mut command = match &host.before_agent {
-            None => self.command(),
+            None => self.command_on(host),
             Some(before) => {
                 // As root a mount namespace is enough; else one is to be had with a user namespace.
                 let flags = if nix::unistd::geteuid().is_root() { "-m" } else { "-Urm" };

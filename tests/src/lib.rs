@@ -8,6 +8,7 @@
 //! | [`stops`] | holding a move between two of its steps |
 //! | [`relay`] | standing between the two sides of a move: cutting, holding, damaging its connections |
 //! | [`runners`] | the watch for two runners of one VM |
+//! | [`netns`] | hosts with networks of their own, joined by a switch |
 //! | [`processes`] | processes of a test, by their command lines |
 //! | [`peer`] | TLS connections of friends and strangers to an agent |
 //! | [`images`] | what `qemu-img` and the file system say of images |
@@ -26,6 +27,7 @@ pub mod guest;
 pub mod images;
 pub mod kvm;
 pub mod model;
+pub mod netns;
 pub mod peer;
 pub mod processes;
 pub mod relay;
