@@ -4,7 +4,13 @@
 //! [`Journal::admit`]: `Committed` is refused once `Aborted` is there, and the reverse; whoever answers "aborted" appends it first.
 //! Lives here: record types, their bytes, the fold to a [`Standing`]. Never enters: files (see `vmove_storage`'s journal file).
 
+use std::collections::BTreeMap;
+
 use serde::{Deserialize, Serialize};
+
+/// Generations that a take-over skips. It makes a line of ownership of its own, ahead of the one it leaves however often the VM moves
+/// there: two hosts that both believe to own the VM can always tell which of them has lost it.
+pub const TAKE_OVER_STEP: u64 = 1 << 32;
 
 /// A move's id: UUID text, the same on both sides.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -97,6 +103,30 @@ pub enum Record {
         /// The move.
         move_id: MoveId,
     },
+    /// By an operator's word alone this host owns the VM: the host at the other end of the move is taken to be gone. Follows
+    /// `Prepared` without the source's word, or at the source an aborted move whose target cannot be asked.
+    TakenOver {
+        /// The move.
+        move_id: MoveId,
+        /// Ownership generation: that of the images plus [`TAKE_OVER_STEP`].
+        generation: u64,
+        /// The images.
+        disks: Vec<DiskAt>,
+    },
+    /// Source: the target of this aborted move has said that it holds nothing of it, so it can never take the VM over.
+    Cleared {
+        /// The move.
+        move_id: MoveId,
+    },
+    /// Source: the target of this aborted move was made the owner by its operator. The VM is never started here again.
+    Lost {
+        /// The move.
+        move_id: MoveId,
+        /// The owner.
+        host: String,
+        /// Its generation there.
+        generation: u64,
+    },
 }
 
 impl Record {
@@ -133,7 +163,10 @@ impl Record {
             | Self::Prepared { move_id }
             | Self::Committed { move_id }
             | Self::Aborted { move_id }
-            | Self::Released { move_id } => Some(move_id),
+            | Self::Released { move_id }
+            | Self::TakenOver { move_id, .. }
+            | Self::Cleared { move_id }
+            | Self::Lost { move_id, .. } => Some(move_id),
         }
     }
 }
@@ -216,6 +249,25 @@ pub enum Standing {
         /// The move.
         move_id: MoveId,
     },
+    /// The VM was taken over by the target of a move that was aborted here: it must never be started here. The images are kept:
+    /// what the guest wrote here after that move is nowhere else.
+    Lost {
+        /// The owner.
+        host: String,
+        /// Its generation there.
+        generation: u64,
+        /// Images left behind.
+        disks: Vec<DiskAt>,
+    },
+}
+
+/// A move that was aborted here, whose target has not said yet that it holds nothing of it.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct OpenEnd {
+    /// The move.
+    pub move_id: MoveId,
+    /// Its target.
+    pub host: String,
 }
 
 /// What a source answers to "which way did this move go?".
@@ -223,22 +275,26 @@ pub enum Standing {
 pub enum Verdict {
     /// The target owns the VM.
     Committed,
-    /// It is on disk here that this move never commits, or it is unknown here (then it can never commit either).
+    /// It is on disk here that this move never commits.
     Aborted,
     /// Not decided yet.
     Moving,
+    /// There is no record of it here: a move that came as far as its target was in this journal once, so it says nothing.
+    Unknown,
 }
 
 /// The fold of all records.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Journal {
     standing: Standing,
-    committed: Option<MoveId>,
+    /// Moves that have ended here, and whether they were committed.
+    ended: BTreeMap<MoveId, bool>,
+    open: Vec<OpenEnd>,
 }
 
 impl Default for Journal {
     fn default() -> Self {
-        Self { standing: Standing::Nothing, committed: None }
+        Self { standing: Standing::Nothing, ended: BTreeMap::new(), open: Vec::new() }
     }
 }
 
@@ -257,14 +313,18 @@ impl Journal {
         &self.standing
     }
 
+    /// Aborted moves whose targets may still hold what came of them, oldest first.
+    pub fn open_ends(&self) -> &[OpenEnd] {
+        &self.open
+    }
+
     /// What this host says of a move. `Aborted` here is an answer about the past: to *make* a running move aborted, append it first.
     pub fn verdict(&self, id: &MoveId) -> Verdict {
-        if self.committed.as_ref() == Some(id) {
-            return Verdict::Committed;
-        }
-        match &self.standing {
-            Standing::Moving { move_id, .. } if move_id == id => Verdict::Moving,
-            _ => Verdict::Aborted,
+        match (self.ended.get(id), &self.standing) {
+            (Some(true), _) => Verdict::Committed,
+            (Some(false), _) => Verdict::Aborted,
+            (None, Standing::Moving { move_id, .. }) if move_id == id => Verdict::Moving,
+            (None, _) => Verdict::Unknown,
         }
     }
 
@@ -279,11 +339,28 @@ impl Journal {
             record: format!("{record:?}"),
             standing: format!("{:?}", self.standing),
         })?;
-        if let Record::Committed { move_id } = record {
-            self.committed = Some(move_id.clone());
+        match record {
+            Record::Committed { move_id } => {
+                self.ended.insert(move_id.clone(), true);
+                // It is the new owner's business now: the images that could be taken over are older than its own.
+                self.open.clear();
+            }
+            Record::Aborted { move_id } => {
+                self.ended.insert(move_id.clone(), false);
+                if let Standing::Moving { to_host: Some(host), .. } = &self.standing {
+                    self.open.push(OpenEnd { move_id: move_id.clone(), host: host.clone() });
+                }
+            }
+            Record::Cleared { move_id } => self.open.retain(|end| end.move_id != *move_id),
+            Record::TakenOver { .. } | Record::Lost { .. } => self.open.clear(),
+            _ => {}
         }
         self.standing = next;
         Ok(())
+    }
+
+    fn is_open(&self, id: &MoveId) -> bool {
+        self.open.iter().any(|end| end.move_id == *id)
     }
 
     fn next(&self, record: &Record) -> Option<Standing> {
@@ -352,6 +429,27 @@ impl Journal {
             (S::Committed { move_id: mine, .. }, Record::Released { move_id }) if mine == move_id => {
                 S::Released { move_id: mine.clone() }
             }
+            (
+                S::Incoming { move_id: mine, generation: arrived, prepared: true, .. },
+                Record::TakenOver { move_id, generation, disks },
+            ) if mine == move_id && arrived.checked_add(TAKE_OVER_STEP) == Some(*generation) => {
+                S::Owner { generation: *generation, disks: disks.clone() }
+            }
+            (S::Owner { generation: old, .. }, Record::TakenOver { move_id, generation, disks })
+                if self.is_open(move_id) && old.checked_add(TAKE_OVER_STEP) == Some(*generation) =>
+            {
+                S::Owner { generation: *generation, disks: disks.clone() }
+            }
+            (standing @ (S::Owner { .. } | S::Moving { .. }), Record::Cleared { move_id })
+                if self.is_open(move_id) =>
+            {
+                standing.clone()
+            }
+            (S::Owner { generation: old, disks }, Record::Lost { move_id, host, generation })
+                if self.is_open(move_id) && generation > old =>
+            {
+                S::Lost { host: host.clone(), generation: *generation, disks: disks.clone() }
+            }
             _ => return None,
         })
     }
@@ -414,6 +512,65 @@ mod tests {
         assert!(journal.admit(&owner(2)).is_ok());
     }
 
+    fn taken_over(name: &str, generation: u64) -> Record {
+        Record::TakenOver { move_id: id(name), generation, disks: vec![] }
+    }
+
+    #[test]
+    fn only_what_is_prepared_can_be_taken_over_and_it_skips_generations() {
+        let incoming =
+            Record::Incoming { move_id: id("m"), from_host: "a".into(), generation: 2, disks: vec![] };
+        let early = journal(std::slice::from_ref(&incoming));
+        assert!(early.admit(&taken_over("m", 2 + TAKE_OVER_STEP)).is_err());
+        let mut ready = journal(&[incoming, Record::Prepared { move_id: id("m") }]);
+        for wrong in [taken_over("m", 2), taken_over("m", 3), taken_over("n", 2 + TAKE_OVER_STEP)] {
+            assert!(ready.admit(&wrong).is_err(), "{wrong:?}");
+        }
+        ready.append(&taken_over("m", 2 + TAKE_OVER_STEP)).unwrap();
+        assert_eq!(*ready.standing(), Standing::Owner { generation: 2 + TAKE_OVER_STEP, disks: vec![] });
+        ready.append(&moving("back", 3 + TAKE_OVER_STEP)).unwrap();
+    }
+
+    #[test]
+    fn an_aborted_move_stays_open_until_its_target_is_known_to_hold_nothing() {
+        let mut source = journal(&[owner(1), moving("m", 2), Record::Aborted { move_id: id("m") }]);
+        let open = |host: &str, name: &str| OpenEnd { move_id: id(name), host: host.into() };
+        assert_eq!(source.open_ends(), [open("b", "m")]);
+        // Another move does not close it, also while it lasts.
+        source.append(&moving("n", 2)).unwrap();
+        let mut cleared = source.clone();
+        cleared.append(&Record::Cleared { move_id: id("m") }).unwrap();
+        assert_eq!(cleared.open_ends(), []);
+        source.append(&Record::Aborted { move_id: id("n") }).unwrap();
+        assert_eq!(source.open_ends(), [open("b", "m"), open("b", "n")]);
+
+        let lost = |generation| Record::Lost { move_id: id("m"), host: "b".into(), generation };
+        assert!(source.admit(&lost(1)).is_err(), "not ahead of what is here");
+        let mut fenced = source.clone();
+        fenced.append(&lost(2 + TAKE_OVER_STEP)).unwrap();
+        for record in
+            [owner(1), moving("o", 2), lost(2 + TAKE_OVER_STEP), taken_over("m", 1 + TAKE_OVER_STEP)]
+        {
+            assert!(fenced.admit(&record).is_err(), "{record:?} after Lost");
+        }
+        source.append(&taken_over("n", 1 + TAKE_OVER_STEP)).unwrap();
+        assert_eq!(source.open_ends(), []);
+        // A datastore-only move has no target that could hold anything.
+        let local = Record::Moving { move_id: id("d"), to_host: None, generation: 2 };
+        let local = journal(&[owner(1), local, Record::Aborted { move_id: id("d") }]);
+        assert_eq!(local.open_ends(), []);
+    }
+
+    #[test]
+    fn a_move_that_was_never_heard_of_is_not_called_aborted() {
+        let first =
+            journal(&[owner(1), moving("m", 2), Record::Aborted { move_id: id("m") }, moving("n", 2)]);
+        assert_eq!(first.verdict(&id("m")), Verdict::Aborted, "also with another under way");
+        assert_eq!(first.verdict(&id("n")), Verdict::Moving);
+        assert_eq!(first.verdict(&id("o")), Verdict::Unknown);
+        assert_eq!(Journal::default().verdict(&id("m")), Verdict::Unknown);
+    }
+
     #[test]
     fn records_round_trip_and_reject_rubbish() {
         let record = moving("abc-1", 7);
@@ -434,7 +591,7 @@ mod tests {
 
         /// Whatever sequence is tried, the journal never holds both endings of one move.
         #[test]
-        fn no_move_ends_twice(choices in proptest::collection::vec((0u8..7, 0u8..3), 0..60)) {
+        fn no_move_ends_twice(choices in proptest::collection::vec((0u8..10, 0u8..3), 0..60)) {
             let mut journal = Journal::default();
             let (mut aborted, mut committed) = (vec![], vec![]);
             for (kind, which) in choices {
@@ -451,7 +608,10 @@ mod tests {
                     3 => Record::Prepared { move_id: move_id.clone() },
                     4 => Record::Committed { move_id: move_id.clone() },
                     5 => Record::Aborted { move_id: move_id.clone() },
-                    _ => Record::Released { move_id: move_id.clone() },
+                    6 => Record::Released { move_id: move_id.clone() },
+                    7 => Record::Cleared { move_id: move_id.clone() },
+                    8 => Record::Lost { move_id: move_id.clone(), host: "b".into(), generation },
+                    _ => taken_over(&format!("m{which}"), generation - 1 + TAKE_OVER_STEP),
                 };
                 // A move id is used once (a UUID): do not begin one that has ended.
                 let begins = matches!(record, Record::Moving { .. } | Record::Incoming { .. });

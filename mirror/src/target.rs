@@ -4,7 +4,7 @@
 //! Arriving -> Receiving -> Loading -> Proving -> Preparing -> Prepared -> Owning -> Running
 //!   Arriving, Receiving: the connections lost -> Waiting -> back, when the source has called again
 //!   before Prepared: an abort or a failure, a connection lost while Loading or later -> Discarding -> Discarded
-//!   Prepared and the connection lost -> Undecided, until the source's word is known
+//!   Prepared and the connection lost -> Undecided, until the source's word is known, or the operator takes the VM over
 //! ```
 //! Connections are lost and made all together, as at the source. The driver answers [`Action::Await`] with [`Event::Linked`] only when
 //! nothing of the old ones can post an event or change memory or images any more: what it says has arrived then stays so. It gives the
@@ -12,7 +12,7 @@
 //! Lives here: what must be true before this side may say "prepared", own and run. Never enters: images, memory, KVM, asking agents.
 
 use crate::{
-    journal::{DiskAt, MoveId, Record, Verdict},
+    journal::{DiskAt, MoveId, Record, TAKE_OVER_STEP, Verdict},
     wire::control::{Arrived, DiskSetup, Proof, SourceMsg, TargetMsg},
 };
 
@@ -97,6 +97,8 @@ pub enum Event {
     Failed(String),
     /// The source's word, fetched by other means while undecided.
     Resolved(Verdict),
+    /// The operator says that the source is gone for ever, and makes this host the owner without its word.
+    TakeOver,
 }
 
 /// What is to be done, in order.
@@ -228,9 +230,10 @@ impl Target {
                 self.phase = Phase::Undecided;
                 out.push(Action::AskVerdict);
             }
-            (Phase::Prepared | Phase::Undecided, Event::Resolved(Verdict::Moving)) => {
+            (Phase::Prepared | Phase::Undecided, Event::Resolved(Verdict::Moving | Verdict::Unknown)) => {
                 out.push(Action::AskVerdict);
             }
+            (Phase::Prepared | Phase::Undecided, Event::TakeOver) => self.take_over(&mut out),
             (Phase::Prepared | Phase::Undecided, _) => {}
 
             (Phase::Arriving | Phase::Receiving, Event::LinkLost(_)) if self.connected => {
@@ -329,7 +332,8 @@ impl Target {
                 | Event::Loaded
                 | Event::Proved { .. }
                 | Event::Resumed { .. }
-                | Event::Resolved(_),
+                | Event::Resolved(_)
+                | Event::TakeOver,
             ) => {}
         }
         out
@@ -357,6 +361,17 @@ impl Target {
         self.phase = Phase::Owning;
         out.push(Action::Journal(Record::Owner {
             generation: self.plan.generation,
+            disks: self.plan.images.clone(),
+        }));
+    }
+
+    fn take_over(&mut self, out: &mut Vec<Action>) {
+        // The plan's generation comes from a peer. One without room above it cannot be taken over; the source is still asked.
+        let Some(generation) = self.plan.generation.checked_add(TAKE_OVER_STEP) else { return };
+        self.phase = Phase::Owning;
+        out.push(Action::Journal(Record::TakenOver {
+            move_id: self.plan.move_id.clone(),
+            generation,
             disks: self.plan.images.clone(),
         }));
     }

@@ -17,7 +17,7 @@ use crate::api::types::*;
 use crate::client::{Client, ClientError};
 
 /// An agent that runs in this process.
-struct Host {
+pub(super) struct Host {
     dir: tempfile::TempDir,
     config: Config,
     agent: Option<Arc<Agent>>,
@@ -53,7 +53,7 @@ impl Host {
         Self { dir, config, agent: None, serving: None }
     }
 
-    fn state(&self) -> std::path::PathBuf {
+    pub(super) fn state(&self) -> std::path::PathBuf {
         self.dir.path().join("state")
     }
 
@@ -61,7 +61,7 @@ impl Host {
         self.dir.path().join("program")
     }
 
-    async fn serve(&mut self) -> Client {
+    pub(super) async fn serve(&mut self) -> Client {
         // Connections of an agent that has just ended may hold it for a moment.
         let agent = eventually("the state directory is free", async || {
             match Agent::open(&self.state(), self.config.clone(), self.program()) {
@@ -85,16 +85,16 @@ impl Host {
         self.agent.as_ref().unwrap()
     }
 
-    async fn end(&mut self) {
+    pub(super) async fn end(&mut self) {
         self.agent.take().unwrap().end();
         self.serving.take().unwrap().await.unwrap();
     }
 
-    fn vm(&self, name: &str) -> VmDir {
+    pub(super) fn vm(&self, name: &str) -> VmDir {
         VmDir::new(std::fs::canonicalize(self.state()).unwrap().join("vms").join(name))
     }
 
-    fn image(&self, store: &str, vm: &str) -> std::path::PathBuf {
+    pub(super) fn image(&self, store: &str, vm: &str) -> std::path::PathBuf {
         std::fs::canonicalize(self.dir.path()).unwrap().join(store).join(vm).join("vda.qcow2")
     }
 
@@ -108,7 +108,7 @@ impl Host {
     }
 
     /// A VM's directory with one disk in `fast`, stamped and journaled as told.
-    fn remains(&self, name: &str, stamp: Option<Stamp>, records: &[Record]) -> VmDir {
+    pub(super) fn remains(&self, name: &str, stamp: Option<Stamp>, records: &[Record]) -> VmDir {
         let vm = self.vm(name);
         std::fs::create_dir_all(vm.path()).unwrap();
         vm.save_definition(&definition(name, "fast")).unwrap();
@@ -125,7 +125,7 @@ impl Host {
         vm
     }
 
-    fn disks(&self, name: &str) -> Vec<vmove_mirror::journal::DiskAt> {
+    pub(super) fn disks(&self, name: &str) -> Vec<vmove_mirror::journal::DiskAt> {
         let path = self.image("fast", name);
         disks_at(&[DiskPlacement { name: "vda".into(), datastore: "fast".into(), path }]).unwrap()
     }
@@ -149,12 +149,12 @@ fn definition(name: &str, datastore: &str) -> VmDefinition {
     }
 }
 
-fn code(error: &ClientError) -> &str {
+pub(super) fn code(error: &ClientError) -> &str {
     error.code().unwrap_or_else(|| panic!("no answer of the agent: {error}"))
 }
 
 /// Asks again and again until the answer is right; fails after a long time.
-async fn eventually<T>(what: &str, mut ask: impl AsyncFnMut() -> Option<T>) -> T {
+pub(super) async fn eventually<T>(what: &str, mut ask: impl AsyncFnMut() -> Option<T>) -> T {
     let end = Instant::now() + Duration::from_secs(30);
     loop {
         if let Some(answer) = ask().await {
@@ -167,7 +167,7 @@ async fn eventually<T>(what: &str, mut ask: impl AsyncFnMut() -> Option<T>) -> T
 }
 
 /// Two hosts of one cluster that have found each other.
-async fn pair() -> (Host, Client, Host, Client) {
+pub(super) async fn pair() -> (Host, Client, Host, Client) {
     let (mut left, mut right) = (Host::new("left"), Host::new("right"));
     let token = cluster::init(&left.state(), &left.config, Duration::from_mins(1)).unwrap();
     let to_left = left.serve().await;
@@ -642,7 +642,7 @@ async fn only_the_target_of_a_move_that_is_under_way_may_ask_how_it_went() {
         assert_eq!(vm.records().unwrap(), records);
         // The word on an earlier move is nobody's secret.
         let earlier: VerdictAnswer = call(&left, Method::GET, &verdict("l"), None).await.unwrap();
-        assert_eq!(earlier.verdict, Verdict::Aborted);
+        assert_eq!(earlier.verdict, Verdict::Unknown);
     }
     left.end().await;
     right.end().await;

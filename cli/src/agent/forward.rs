@@ -21,13 +21,18 @@ use crate::api::types::{FORWARDED_HEADER, MoveProgress, VmDetail, VmState};
 impl Agent {
     /// The other host that has a VM (not one it only arrives at), if any that answers does.
     pub async fn find_owner(&self, vm: &str) -> Option<String> {
-        let owns = |there: &VmDetail| !matches!(there.summary.state, VmState::Incoming | VmState::Undecided);
+        let owns = |there: &VmDetail| is_owner(there.summary.state);
         self.peers.find(&format!("/v1/vms/{vm}"), owns).await
     }
 
     async fn find_move(&self, move_id: &str) -> Option<String> {
         self.peers.find(&format!("/v1/moves/{move_id}"), |_: &MoveProgress| true).await
     }
+}
+
+/// Whether a host that has a VM in this state is the one to ask about it.
+fn is_owner(state: VmState) -> bool {
+    !matches!(state, VmState::Incoming | VmState::Undecided | VmState::Lost)
 }
 
 /// The path's segment behind `/v1/vms/` or `/v1/moves/`.
@@ -46,7 +51,7 @@ pub async fn vm_elsewhere(State(agent): State<Arc<Agent>>, request: Request, nex
         return next.run(request).await;
     }
     let here = match agent.view(&name).await {
-        Ok(Some(view)) => !matches!(view.state, VmState::Incoming | VmState::Undecided),
+        Ok(Some(view)) => is_owner(view.state),
         Ok(None) => false,
         Err(_) => true,
     };

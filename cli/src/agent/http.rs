@@ -16,7 +16,7 @@ use utoipa_axum::routes;
 
 use super::error::ApiError;
 use super::listener::{Caller, TlsListener, listen_unix};
-use super::{Agent, AgentError, forward, routes_host, routes_peer, routes_vm};
+use super::{Agent, AgentError, forward, routes_host, routes_peer, routes_recovery, routes_vm};
 
 /// The document's head.
 #[derive(OpenApi)]
@@ -102,6 +102,11 @@ fn build(agent: Option<Arc<Agent>>) -> (OpenApiRouter<Arc<Agent>>, Option<Arc<Ag
         .routes(routes!(routes_vm::list, routes_vm::create))
         .merge(vms)
         .merge(moves)
+        .routes(routes!(routes_recovery::recover))
+        .routes(routes!(routes_recovery::take_over))
+        .routes(routes!(routes_recovery::discard_lost))
+        .routes(routes!(routes_recovery::standing))
+        .routes(routes!(routes_recovery::settle))
         .routes(routes!(routes_peer::offer))
         .routes(routes!(routes_peer::discard))
         .routes(routes!(routes_peer::file))

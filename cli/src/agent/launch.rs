@@ -139,11 +139,10 @@ impl Agent {
                         Ok(status) if matches!(status.state, RunState::Incoming | RunState::Undecided) => {
                             self.follow_arrival(&name);
                         }
-                        Ok(status) => {
-                            if let Some(move_id) = status.moving {
-                                self.follow_adopted_move(&name, move_id);
-                            }
-                        }
+                        Ok(status) => match status.moving {
+                            Some(move_id) => self.follow_adopted_move(&name, move_id),
+                            None => self.close_ends(&name),
+                        },
                         Err(error) => tracing::warn!(vm = name, %error, "it does not answer"),
                     }
                     tokio::spawn(async move {

@@ -7,7 +7,8 @@
 //! | [`peers`], [`cluster`] | the other agents, and becoming one of them |
 //! | [`registry`], [`vmdir`], [`vms`], [`create`] | VMs of this host |
 //! | [`process`], [`launch`], [`control`] | their processes |
-//! | [`plan`], [`moves`], [`incoming`], [`settle`] | moves: decided, led, received, and what is left after a crash |
+//! | [`plan`], [`moves`], [`incoming`] | moves: decided, led, received |
+//! | [`settle`], `other_end`, `recover` | what is left after a crash: settled, asked about, shown |
 //!
 //! The agent may end at any time without harm: VM processes go on, directories and journals say what stands, the next agent finds
 //! both. Never enters: guest bytes; they go from VM process to VM process.
@@ -29,12 +30,17 @@ pub mod launch;
 pub mod listener;
 pub mod moves;
 mod networks;
+mod other_end;
 pub mod peers;
 pub mod plan;
 pub mod process;
+mod recover;
+#[cfg(test)]
+mod recovery_tests;
 pub mod registry;
 mod routes_host;
 mod routes_peer;
+mod routes_recovery;
 mod routes_vm;
 pub mod settle;
 pub mod vmdir;

@@ -331,6 +331,8 @@ impl Agent {
                 }
             }
         }
+        // Also of a move whose target was not in the journal yet when it was found under way.
+        self.close_ends(name);
         drop(reservation);
     }
 
@@ -353,7 +355,7 @@ impl Agent {
         });
     }
 
-    fn keep_progress(&self, progress: &MoveProgress) -> Result<(), ApiError> {
+    pub(super) fn keep_progress(&self, progress: &MoveProgress) -> Result<(), ApiError> {
         let path = self.archive_dir()?.join(format!("{}.json", progress.move_id));
         let text = serde_json::to_string_pretty(progress)
             .map_err(|e| ApiError::internal(format!("cannot write a report: {e}")))?;
@@ -463,7 +465,7 @@ fn not_running(name: &str, view: &VmView) -> ApiError {
             "VM {name:?} is on the move already ({})",
             view.moving.as_deref().unwrap_or("its report comes")
         )),
-        VmState::Undecided => ApiError::undecided(format!(
+        VmState::Undecided | VmState::Lost => ApiError::undecided(format!(
             "VM {name:?}: {}",
             view.error.as_deref().unwrap_or("its owner is not decided")
         )),

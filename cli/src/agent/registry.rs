@@ -28,6 +28,8 @@ struct Slot {
     busy: Option<&'static str>,
     /// How its last process ended, when not well.
     ended: Option<String>,
+    /// Who else runs it.
+    conflict: Option<String>,
 }
 
 /// The right to change one VM; ends when dropped.
@@ -81,12 +83,26 @@ impl Registry {
 
     /// Notes how a VM's last process ended; none forgets it.
     pub fn set_ended(&self, vm: &str, ended: Option<String>) {
-        self.slots().entry(vm.to_owned()).or_default().ended = ended;
+        let mut slots = self.slots();
+        let slot = slots.entry(vm.to_owned()).or_default();
+        slot.ended = ended;
+        // Without a process it runs nowhere twice.
+        slot.conflict = None;
     }
 
     /// How a VM's last process ended, when not well.
     pub fn ended(&self, vm: &str) -> Option<String> {
         self.slots().get(vm)?.ended.clone()
+    }
+
+    /// Notes that another host runs the VM too.
+    pub fn set_conflict(&self, vm: &str, conflict: String) {
+        self.slots().entry(vm.to_owned()).or_default().conflict = Some(conflict);
+    }
+
+    /// That another host runs the VM too, in words.
+    pub fn conflict(&self, vm: &str) -> Option<String> {
+        self.slots().get(vm)?.conflict.clone()
     }
 
     fn slots(&self) -> MutexGuard<'_, BTreeMap<String, Slot>> {
@@ -100,7 +116,7 @@ impl Drop for Reservation {
         let mut slots = self.registry.slots();
         if let Some(slot) = slots.get_mut(&self.vm) {
             slot.busy = None;
-            if slot.ended.is_none() {
+            if slot.ended.is_none() && slot.conflict.is_none() {
                 slots.remove(&self.vm);
             }
         }

@@ -1,41 +1,44 @@
 //! What is done with a VM whose process has ended, by the failure table (`vmove_mirror::recovery`), and the words that decide it.
 //!
-//! Lives here: carrying the table out: journal first, then images and directories; asking the source again and again. Never enters:
-//! the table itself.
+//! Lives here: carrying the table out: journal first, then images and directories; asking the other host again and again. Never enters:
+//! the table itself, the questions (`other_end`).
 
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::future::BoxFuture;
-use hyper::Method;
 use vmove_compute::process::protocol::{Request, RunState, Start};
-use vmove_mirror::journal::{self, MoveId, Record, Standing};
-use vmove_mirror::recovery::{PeerAnswer, Settlement, settle};
+use vmove_mirror::journal::{self, Journal, MoveId, Record, Standing};
+use vmove_mirror::recovery::{Holding, PeerAnswer, Question, Settlement, question, settle};
 use vmove_storage::{OwnerState, Stamp};
 
 use super::control::{self, ControlError};
 use super::error::{ApiError, blocking};
 use super::vmdir::{AppendError, VmDir, placements, read_progress};
-use super::{Agent, create, images, peers, process, registry};
-use crate::api::types::{
-    DiskPlacement, MoveRequest, Verdict, VerdictAnswer, VmDefinition, VmDetail, VmState,
-};
+use super::{Agent, create, images, process, registry};
+use crate::api::types::{DiskPlacement, MoveProgress, MoveRequest, Verdict, VmDefinition};
 
 /// First gap between two questions; it doubles.
-const FIRST_GAP: Duration = Duration::from_millis(250);
+pub(super) const FIRST_GAP: Duration = Duration::from_millis(250);
 /// Largest gap between two questions.
-const LAST_GAP: Duration = Duration::from_secs(15);
+pub(super) const LAST_GAP: Duration = Duration::from_secs(15);
 /// How often an arriving VM is looked at.
 const ARRIVAL_INTERVAL: Duration = Duration::from_millis(300);
 /// How often a VM that somebody else works on is tried again.
 const BUSY_INTERVAL: Duration = Duration::from_millis(100);
 
 /// What became of one attempt.
-enum Settled {
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Settled {
+    /// Nothing is left to be settled.
     Done,
+    /// Somebody else works on it.
     Busy,
+    /// A step was made; the next can be tried at once.
     Again,
+    /// Another host's word is awaited.
+    Waiting,
 }
 
 impl Agent {
@@ -52,8 +55,9 @@ impl Agent {
         loop {
             let wait = match self.settle_once(name).await {
                 Ok(Settled::Done) => return,
+                Ok(Settled::Again) => continue,
                 Ok(Settled::Busy) => BUSY_INTERVAL,
-                Ok(Settled::Again) => gap,
+                Ok(Settled::Waiting) => gap,
                 Err(error) => {
                     tracing::error!(vm = name, %error, "cannot settle the VM");
                     gap
@@ -68,32 +72,27 @@ impl Agent {
         }
     }
 
-    async fn settle_once(self: &Arc<Self>, name: &str) -> Result<Settled, ApiError> {
+    pub(super) async fn settle_once(self: &Arc<Self>, name: &str) -> Result<Settled, ApiError> {
         let Ok(_reservation) = self.registry.reserve(name, registry::SETTLING) else {
             return Ok(Settled::Busy);
         };
+        self.settle_reserved(name).await
+    }
+
+    /// One step of the failure table; the caller has reserved the VM.
+    pub(super) async fn settle_reserved(self: &Arc<Self>, name: &str) -> Result<Settled, ApiError> {
         let vm = self.registry.vm(name)?;
         let look = vm.clone();
         let found = blocking(move || {
             if !look.path().exists() || process::find(look.path()).is_some() {
                 return Ok(None);
             }
-            Ok(Some(look.journal()?.standing().clone()))
+            Ok(Some(look.journal()?))
         })
         .await?;
-        let Some(standing) = found else { return Ok(Settled::Done) };
-        let answer = match &standing {
-            Standing::Incoming { prepared: true, from_host, move_id, .. } => {
-                match self.ask_verdict(from_host, name, move_id.as_str()).await {
-                    Ok(verdict) => PeerAnswer::Said(journal_verdict(verdict)),
-                    Err(error) => {
-                        tracing::warn!(vm = name, %error, "the source's word is awaited");
-                        PeerAnswer::Unreachable
-                    }
-                }
-            }
-            _ => PeerAnswer::Unreachable,
-        };
+        let Some(journal) = found else { return Ok(Settled::Done) };
+        let answer = self.ask_other(name, &journal).await;
+        let standing = journal.standing().clone();
         let settlement = settle(&standing, answer);
         tracing::info!(vm = name, ?settlement, "VM without a process");
         match settlement {
@@ -110,9 +109,15 @@ impl Agent {
                 }
                 Ok(Settled::Done)
             }
-            Settlement::AbortThenStartable => {
+            Settlement::Abort => {
                 self.abort_source(name, &vm, &standing).await?;
-                Ok(Settled::Done)
+                Ok(Settled::Again)
+            }
+            Settlement::Clear | Settlement::Lose => {
+                let record = closing(&journal, answer)?;
+                tracing::info!(vm = name, ?record, "the other end of an aborted move");
+                append(&vm, record).await?;
+                Ok(Settled::Again)
             }
             Settlement::OwnThenBoot => {
                 if let Standing::Incoming { generation, disks, .. } = standing {
@@ -128,12 +133,19 @@ impl Agent {
                 self.discard(name, &vm).await?;
                 Ok(Settled::Done)
             }
+            Settlement::ReleaseThenDiscard => {
+                if let Standing::Committed { move_id, .. } = &standing {
+                    append(&vm, Record::Released { move_id: move_id.clone() }).await?;
+                }
+                self.discard(name, &vm).await?;
+                Ok(Settled::Done)
+            }
             Settlement::Discard => {
                 self.discard(name, &vm).await?;
                 Ok(Settled::Done)
             }
-            Settlement::Fenced => self.confirm_gone(name, &vm, &standing).await,
-            Settlement::Ask => Ok(Settled::Again),
+            Settlement::Keep => Ok(Settled::Done),
+            Settlement::Fenced | Settlement::Ask => Ok(Settled::Waiting),
         }
     }
 
@@ -147,7 +159,15 @@ impl Agent {
         let Standing::Moving { move_id, to_host, disks, .. } = standing else { return Ok(()) };
         append(vm, Record::Aborted { move_id: move_id.clone() }).await?;
         let (agent, owner, keep) = (self.clone(), name.to_owned(), placements(disks));
-        blocking(move || agent.remove_unfinished(&owner, &keep)).await?;
+        let (look, id) = (vm.clone(), move_id.to_string());
+        blocking(move || {
+            // Nobody else tells how the move ended, nor answers for it once the VM is removed.
+            if look.saved_move(&id).is_none() {
+                agent.keep_progress(&given_up(&id))?;
+            }
+            agent.remove_unfinished(&owner, &keep)
+        })
+        .await?;
         if let Some(host) = to_host {
             self.discard_at(host, move_id.as_str()).await;
         }
@@ -167,33 +187,6 @@ impl Agent {
         }
         images::remove_empty_dirs(&self.stores, name);
         Ok(())
-    }
-
-    /// A VM that has left, whose target has not said so to the process here: asks the target's agent, then all others, for it may
-    /// have gone on since.
-    async fn confirm_gone(
-        self: &Arc<Self>,
-        name: &str,
-        vm: &VmDir,
-        standing: &Standing,
-    ) -> Result<Settled, ApiError> {
-        let Standing::Committed { move_id, to_host, generation, .. } = standing else {
-            return Ok(Settled::Done);
-        };
-        let path = format!("/v1/vms/{name}");
-        let owns = |there: &VmDetail| {
-            there.summary.generation >= *generation
-                && !matches!(there.summary.state, VmState::Incoming | VmState::Undecided)
-        };
-        let there: Result<VmDetail, ApiError> =
-            self.peers.call(to_host, Method::GET, &path, None::<&()>, peers::SHORT).await;
-        let owned = there.is_ok_and(|there| owns(&there)) || self.peers.find(&path, owns).await.is_some();
-        if !owned {
-            return Ok(Settled::Again);
-        }
-        append(vm, Record::Released { move_id: move_id.clone() }).await?;
-        self.discard(name, vm).await?;
-        Ok(Settled::Done)
     }
 
     /// Removes what is here of a VM that is not this host's: images, directory. Reports of moves are kept.
@@ -233,7 +226,10 @@ impl Agent {
                     Err(_) => Ok(()),
                 }
             }
-            Standing::Owner { .. } | Standing::Moving { .. } | Standing::Committed { .. } => {
+            Standing::Owner { .. }
+            | Standing::Moving { .. }
+            | Standing::Committed { .. }
+            | Standing::Lost { .. } => {
                 Err(ApiError::internal(format!("VM {name:?} is not to be discarded: it has an owner")))
             }
         }
@@ -251,7 +247,7 @@ impl Agent {
     }
 
     /// Moves the reports of a VM's moves to where they outlive its directory.
-    fn archive_moves(&self, vm: &VmDir) -> Result<(), ApiError> {
+    pub(super) fn archive_moves(&self, vm: &VmDir) -> Result<(), ApiError> {
         let Ok(entries) = std::fs::read_dir(vm.moves()) else { return Ok(()) };
         let archive = self.archive_dir()?;
         for entry in entries.filter_map(Result::ok) {
@@ -287,14 +283,6 @@ impl Agent {
             std::fs::remove_file(&path).map_err(|e| ApiError::io("remove", &path, &e))?;
         }
         Ok(())
-    }
-
-    /// Asks the agent of a move's source how it went.
-    async fn ask_verdict(&self, host: &str, vm: &str, move_id: &str) -> Result<Verdict, ApiError> {
-        let path = format!("/v1/vms/{vm}/moves/{move_id}/verdict");
-        let answer: VerdictAnswer =
-            self.peers.call(host, Method::GET, &path, None::<&()>, peers::SHORT).await?;
-        Ok(answer.verdict)
     }
 
     /// How a move from here went, for host `from`. With a dead process that had not committed, `Aborted` is journaled before it is
@@ -365,17 +353,64 @@ impl Agent {
         });
     }
 
-    async fn fetch_word(&self, vm: &VmDir, name: &str, move_id: &str, host: &str) {
+    /// Gives an undecided arrival the source's word; false if that is still not to be had.
+    pub(super) async fn fetch_word(&self, vm: &VmDir, name: &str, move_id: &str, host: &str) -> bool {
         match self.ask_verdict(host, name, move_id).await {
-            Ok(Verdict::Moving) => {}
+            Ok(Verdict::Moving) => false,
+            Ok(Verdict::Unknown) => {
+                tracing::warn!(
+                    vm = name,
+                    move_id,
+                    host,
+                    "the source knows nothing of the move; nobody runs the VM"
+                );
+                false
+            }
             Ok(verdict) => {
                 let request = Request::Resolve { move_id: move_id.to_owned(), verdict };
                 if let Err(error) = control::ask(vm.path(), &request).await {
                     tracing::warn!(vm = name, %error, "the source's word was not taken");
                 }
+                true
             }
-            Err(error) => tracing::warn!(vm = name, %error, "the source's word is awaited"),
+            Err(error) => {
+                tracing::warn!(vm = name, %error, "the source's word is awaited");
+                false
+            }
         }
+    }
+}
+
+/// What the owner of an aborted move notes of its target's answer.
+fn closing(journal: &Journal, answer: PeerAnswer) -> Result<Record, ApiError> {
+    let Some(Question::Holding { host, move_id }) = question(journal) else {
+        return Err(ApiError::internal("an answer to what was not asked"));
+    };
+    let move_id = move_id.clone();
+    Ok(match (settle(journal.standing(), answer), answer) {
+        (Settlement::Lose, PeerAnswer::Holds(Holding::Owner { generation })) => {
+            Record::Lost { move_id, host: host.to_owned(), generation }
+        }
+        _ => Record::Cleared { move_id },
+    })
+}
+
+/// The end of a move whose process left no report.
+fn given_up(move_id: &str) -> MoveProgress {
+    MoveProgress {
+        move_id: move_id.to_owned(),
+        phase: "aborted".into(),
+        elapsed_ms: 0,
+        disk_total_bytes: 0,
+        disk_done_bytes: 0,
+        ram_total_bytes: 0,
+        ram_done_bytes: 0,
+        round: 0,
+        rate: 0,
+        dirty_rate: 0,
+        left_ms: None,
+        report: None,
+        error: Some("the VM's process ended before the commit".into()),
     }
 }
 
@@ -429,7 +464,8 @@ fn never_ran(vm: &VmDir, standing: &Standing) -> Result<bool, ApiError> {
         return Ok(false);
     }
     for disk in placements(disks) {
-        let arriving = |stamp: Stamp| stamp.generation == *generation && stamp.state == OwnerState::Incoming;
+        // A take-over has raised the generation meanwhile.
+        let arriving = |stamp: Stamp| stamp.generation <= *generation && stamp.state == OwnerState::Incoming;
         if Stamp::read(&disk.path)?.is_some_and(arriving) {
             return Ok(true);
         }
@@ -441,14 +477,6 @@ fn never_ran(vm: &VmDir, standing: &Standing) -> Result<bool, ApiError> {
 async fn append(vm: &VmDir, record: Record) -> Result<(), ApiError> {
     let vm = vm.clone();
     blocking(move || Ok(vm.append(&record)?)).await
-}
-
-fn journal_verdict(verdict: Verdict) -> journal::Verdict {
-    match verdict {
-        Verdict::Committed => journal::Verdict::Committed,
-        Verdict::Aborted => journal::Verdict::Aborted,
-        Verdict::Moving => journal::Verdict::Moving,
-    }
 }
 
 /// The word of a source without a process. `archived` is where the report of a move that has ended would be.
@@ -463,12 +491,15 @@ fn verdict_of_dead(vm: &VmDir, id: &MoveId, archived: &Path) -> Result<Verdict, 
             Err(AppendError::InUse) => Ok(Verdict::Moving),
             Err(AppendError::Failed(error)) => Err(error),
         },
-        journal::Verdict::Aborted => {
-            let completed = read_progress(archived)
-                .and_then(|progress| progress.report)
-                .is_some_and(|report| report.outcome == "completed" && report.from.host != report.to.host);
-            Ok(if completed { Verdict::Committed } else { Verdict::Aborted })
-        }
+        journal::Verdict::Aborted => Ok(Verdict::Aborted),
+        // The VM's directory has gone since: its reports were kept.
+        journal::Verdict::Unknown => Ok(match read_progress(archived) {
+            Some(MoveProgress { report: Some(report), .. }) if report.outcome == "completed" => {
+                if report.from.host == report.to.host { Verdict::Unknown } else { Verdict::Committed }
+            }
+            Some(progress) if ["aborted", "cancelled"].contains(&progress.phase.as_str()) => Verdict::Aborted,
+            _ => Verdict::Unknown,
+        }),
     }
 }
 
@@ -523,7 +554,14 @@ mod tests {
         let (_dir, vm) = source(&[owner, moving, Record::Committed { move_id: id.clone() }]);
         assert_eq!(verdict_of_dead(&vm, &id, none).unwrap(), Verdict::Committed);
         let (_dir, vm) = source(&[]);
-        assert_eq!(verdict_of_dead(&vm, &id, none).unwrap(), Verdict::Aborted, "unknown here");
+        assert_eq!(
+            verdict_of_dead(&vm, &id, none).unwrap(),
+            Verdict::Unknown,
+            "not the word that removes a copy"
+        );
+        let kept = vm.path().join("m.json");
+        std::fs::write(&kept, serde_json::to_string(&given_up("m")).unwrap()).unwrap();
+        assert_eq!(verdict_of_dead(&vm, &id, &kept).unwrap(), Verdict::Aborted, "its report outlives the VM");
     }
 
     #[test]

@@ -11,6 +11,7 @@ use vmove_mirror::journal::Standing;
 use super::control::{self, ControlError};
 use super::error::{ApiError, blocking};
 use super::registry::{self, Reservation};
+use super::settle::Settled;
 use super::vmdir::{VmDir, placements};
 use super::{Agent, hostinfo, images, process};
 use crate::api::types::{DiskPlacement, VmDefinition, VmDetail, VmState, VmSummary};
@@ -59,7 +60,11 @@ impl Agent {
 
     async fn look_at(&self, name: &str, vm: &VmDir) -> Result<Option<VmView>, ApiError> {
         match control::status(vm.path()).await {
-            Ok(status) => Ok(Some(view_of_process(vm, status)?)),
+            Ok(status) => {
+                let mut view = view_of_process(vm, status)?;
+                view.error = self.registry.conflict(name);
+                Ok(Some(view))
+            }
             Err(ControlError::Gone(_)) => {
                 let dir = vm.path().to_path_buf();
                 let pid = blocking(move || Ok(process::find(&dir))).await?;
@@ -81,10 +86,18 @@ impl Agent {
         let mut definition = vm.definition()?;
         let error_text = vm.error_text();
         let ended = error_text.clone().or_else(|| self.registry.ended(name));
-        let (state, generation, disks, error) = match vm.journal()?.standing() {
+        let journal = vm.journal()?;
+        let (state, generation, disks, error) = match journal.standing() {
             Standing::Owner { generation, disks } | Standing::Moving { generation, disks, .. } => {
                 let state = if error_text.is_some() { VmState::Failed } else { VmState::Stopped };
                 (state, *generation, placements(disks), ended)
+            }
+            Standing::Lost { host, disks, .. } => {
+                let error = format!(
+                    "host {host} has taken it over; it is never started here, `vmove recover {name}` tells more"
+                );
+                // What is here is older than what the owner has, whatever its number.
+                (VmState::Lost, 0, placements(disks), Some(error))
             }
             Standing::Incoming { generation, disks, prepared, from_host, .. } => {
                 let state = if *prepared { VmState::Undecided } else { VmState::Incoming };
@@ -204,12 +217,33 @@ impl Agent {
         let view = self.must_view(name).await?;
         match view.state {
             VmState::Stopped | VmState::Failed => {}
-            VmState::Undecided => return Err(undecided(name, &view)),
+            VmState::Undecided | VmState::Lost => return Err(undecided(name, &view)),
             _ => return Err(ApiError::conflict(format!("VM {name:?} is {} already", word(view.state)))),
         }
+        self.settle_before_start(name).await?;
         self.boot(name).await?;
         drop(reservation);
         Ok(self.summary(&self.must_view(name).await?))
+    }
+
+    /// A VM whose last move was aborted here might have been taken over by that move's target: that is asked before it is started.
+    async fn settle_before_start(self: &Arc<Self>, name: &str) -> Result<(), ApiError> {
+        let vm = self.registry.vm(name)?;
+        loop {
+            let look = vm.clone();
+            let journal = blocking(move || look.journal()).await?;
+            let (Standing::Owner { .. }, Some(end)) = (journal.standing(), journal.open_ends().first())
+            else {
+                return Ok(());
+            };
+            if self.settle_reserved(name).await? != Settled::Again {
+                return Err(ApiError::undecided(format!(
+                    "VM {name:?} is not started: its last move, to host {}, was aborted here, and that host does not answer whether it \
+                     was taken over there. Bring host {} back, or see `vmove recover {name}`",
+                    end.host, end.host
+                )));
+            }
+        }
     }
 
     /// Boots a VM that is this host's by its journal and has no process. The caller has reserved it.
@@ -351,7 +385,7 @@ impl Agent {
         let view = self.must_view(name).await?;
         match view.state {
             VmState::Stopped | VmState::Failed => {}
-            VmState::Undecided => return Err(undecided(name, &view)),
+            VmState::Undecided | VmState::Lost => return Err(undecided(name, &view)),
             _ => {
                 return Err(ApiError::conflict(format!(
                     "VM {name:?} is {}; stop it first",
@@ -363,6 +397,8 @@ impl Agent {
         let disks = view.disks;
         let owner = name.to_owned();
         blocking(move || {
+            // Their targets may still ask how they ended.
+            agent.archive_moves(&vm)?;
             for disk in &disks {
                 // An image that was given to another VM meanwhile is not ours to remove.
                 if vmove_storage::Stamp::read(&disk.path)?.is_none_or(|stamp| stamp.vm == owner) {
@@ -443,5 +479,6 @@ pub fn word(state: VmState) -> &'static str {
         VmState::Undecided => "undecided",
         VmState::Moving => "on the move",
         VmState::Failed => "failed",
+        VmState::Lost => "taken over by another host",
     }
 }

@@ -2,4 +2,5 @@
 //!
 //! Lives here: request and response types, connections to unix sockets of any path length. Never enters: routes, policy.
 
+pub mod recovery;
 pub mod types;

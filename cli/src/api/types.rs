@@ -117,6 +117,8 @@ pub enum VmState {
     Moving,
     /// Its process ended with an error; it can be started again.
     Failed,
+    /// Another host has taken it over; it is never started here, its images are kept.
+    Lost,
 }
 
 /// A VM in a list.

@@ -12,6 +12,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use super::{ClientError, connect_unix};
+use crate::api::recovery::{HostStanding, RecoveryReport};
 use crate::api::types::{
     CONSOLE_PROTOCOL, CreateVm, ErrorBody, ErrorDetail, HostInfo, KnownHost, MoveAnswer, MoveProgress,
     MoveRequest, VmDetail, VmList, VmSummary,
@@ -98,6 +99,23 @@ impl Client {
     /// Asks for a move to be given up.
     pub async fn cancel(&self, move_id: &str) -> Result<(), ClientError> {
         self.command(Method::DELETE, &format!("/v1/moves/{}", segment(move_id))).await
+    }
+
+    /// Has everything of a VM settled that can be; who holds what of it then.
+    pub async fn recover(&self, vm: &str) -> Result<RecoveryReport, ClientError> {
+        self.call(Method::POST, &format!("/v1/vms/{}/recover", segment(vm)), None::<&()>).await
+    }
+
+    /// Makes a host the owner of a VM without the word of a host that is gone.
+    pub async fn take_over(&self, vm: &str, host: &str) -> Result<HostStanding, ClientError> {
+        let path = format!("/v1/vms/{}/take-over?host={}", segment(vm), segment(host));
+        self.call(Method::POST, &path, None::<&()>).await
+    }
+
+    /// Removes what a host kept of a VM that another one took over.
+    pub async fn discard_lost(&self, vm: &str, host: &str) -> Result<HostStanding, ClientError> {
+        let path = format!("/v1/vms/{}/discard-lost?host={}", segment(vm), segment(host));
+        self.call(Method::POST, &path, None::<&()>).await
     }
 
     /// Connects to a VM's serial console where it is now; [`Console`](super::Console) stays with it.

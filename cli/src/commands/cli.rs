@@ -14,6 +14,7 @@ use super::image::ImageCommand;
 use super::init::{InitArgs, TokenArgs};
 use super::join::JoinArgs;
 use super::move_vm::{MoveArgs, MoveIdArgs};
+use super::recover::RecoverArgs;
 use super::stop::StopArgs;
 use super::vm_process::VmProcessArgs;
 use super::vms::{ListArgs, ShowArgs, VmArgs};
@@ -25,7 +26,8 @@ const USAGE: &str = "vmove <VM> [--host HOST] [--datastore DATASTORE] [--disk NA
 
 const AFTER: &str = "Moving is the default: 'vmove web1 --host b' moves the VM web1 to host b ('vmove move --help' lists the options).
 
-Exit codes: 0 done; 1 refused or failed, the VM still runs where it was; 2 usage; 3 ownership undecided; 130 cancelled.";
+Exit codes: 0 done; 1 refused or failed, the VM still runs where it was; 2 usage; 3 ownership undecided, see 'vmove recover';
+130 cancelled.";
 
 /// vmove: move running KVM virtual machines between hosts and datastores
 #[derive(Debug, Parser)]
@@ -67,6 +69,8 @@ pub enum Command {
     Status(MoveIdArgs),
     /// Give up a move
     Cancel(MoveIdArgs),
+    /// Settle who owns a VM after a failure, and show who holds what of it
+    Recover(RecoverArgs),
     /// Run the agent of this host
     Agent(AgentArgs),
     /// Make a new cluster, of this host alone

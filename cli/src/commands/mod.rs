@@ -13,6 +13,7 @@ mod image;
 mod init;
 mod join;
 mod move_vm;
+mod recover;
 mod stop;
 mod vm_process;
 mod vms;
@@ -76,6 +77,7 @@ async fn with_agent(command: Command, client: &Client) -> Result<(), CommandErro
         Command::Console(args) => args.run(client).await,
         Command::Status(args) => args.status(client).await,
         Command::Cancel(args) => args.cancel(client).await,
+        Command::Recover(args) => args.run(client).await,
         Command::Host(command) => command.run(client).await,
         Command::Datastore(command) => command.run(client).await,
         Command::Image(_)

@@ -137,6 +137,7 @@ fn state(state: VmState) -> &'static str {
         VmState::Undecided => "undecided",
         VmState::Moving => "moving",
         VmState::Failed => "failed",
+        VmState::Lost => "lost",
     }
 }
 

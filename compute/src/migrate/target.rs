@@ -16,7 +16,7 @@ use std::{
 use vmove_devices::DiskHandle;
 use vmove_mirror::{
     digest,
-    journal::MoveId,
+    journal::{MoveId, Standing},
     target::{Action, Event, Phase, Target, TargetPlan},
     wire::{
         control::{self, Arrived, Counters, DiskSetup, Proof, SourceMsg, TargetMsg},
@@ -203,7 +203,10 @@ impl Driver {
             match self.next() {
                 Some(Event::Linked(_)) => actions = self.linked(&mut engine),
                 Some(event) => {
-                    if matches!(event, Event::Source(SourceMsg::Commit) | Event::Resolved(_)) {
+                    if matches!(
+                        event,
+                        Event::Source(SourceMsg::Commit) | Event::Resolved(_) | Event::TakeOver
+                    ) {
                         self.commit_seen = Some(Instant::now());
                     }
                     if let Event::Failed(why) | Event::LinkLost(why) | Event::JournalFailed(why) = &event {
@@ -494,9 +497,13 @@ impl Driver {
 
     /// After the guest runs: a stamp that could not be written is written by the next start, from the journal.
     fn own_images(&self) {
+        let generation = match self.task.journal.lock().unwrap_or_else(PoisonError::into_inner).standing() {
+            Standing::Owner { generation, .. } => *generation,
+            _ => self.task.generation,
+        };
         for place in &self.task.disks {
             let owned = OwnerState::Owned;
-            if let Err(error) = images::stamp(&place.path, &self.task.vm.name, self.task.generation, owned) {
+            if let Err(error) = images::stamp(&place.path, &self.task.vm.name, generation, owned) {
                 tracing::warn!(%error, "an image is not stamped as owned yet");
             }
         }
@@ -548,6 +555,7 @@ fn name(action: &Action) -> &'static str {
         Action::Journal(Record::Incoming { .. }) => "journal-incoming",
         Action::Journal(Record::Prepared { .. }) => "journal-prepared",
         Action::Journal(Record::Owner { .. }) => "journal-owner",
+        Action::Journal(Record::TakenOver { .. }) => "journal-taken-over",
         Action::Journal(_) => "journal-aborted",
         Action::MakeImages => "make-images",
         Action::Await => "await",

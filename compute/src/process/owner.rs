@@ -323,6 +323,10 @@ fn arrive(shared: &Arc<Shared>, incoming: &IncomingSpec) -> Result<Option<Arc<Ma
             state.arriving = None;
             state.undecided = None;
             state.listening = None;
+            // A take-over has raised it.
+            if let Standing::Owner { generation, .. } = shared.journal().standing() {
+                state.generation = *generation;
+            }
             sync_definition(&mut state);
             Ok(Some(machine))
         }
@@ -481,7 +485,14 @@ fn answer(shared: &Arc<Shared>, request: Request) -> Reply {
             Ok(id) => Reply::Verdict(verdict(shared, &id)),
             Err(error) => Reply::Error(error.to_string()),
         },
-        Request::Resolve { move_id, verdict } => resolve(shared, &move_id, verdict),
+        Request::Resolve { move_id, verdict } => {
+            decide(shared, &move_id, target::Event::Resolved(from_protocol(verdict)))
+        }
+        Request::TakeOver { move_id } => decide(shared, &move_id, target::Event::TakeOver),
+        Request::Cleared { move_id } => match cleared(shared, move_id) {
+            Ok(()) => Reply::Ok,
+            Err(why) => Reply::Error(why),
+        },
     }
 }
 
@@ -586,6 +597,7 @@ fn verdict(shared: &Shared, id: &MoveId) -> Verdict {
         journal::Verdict::Committed => Verdict::Committed,
         journal::Verdict::Aborted => Verdict::Aborted,
         journal::Verdict::Moving => Verdict::Moving,
+        journal::Verdict::Unknown => Verdict::Unknown,
     };
     if answer == Verdict::Moving {
         let state = shared.lock();
@@ -600,16 +612,32 @@ fn verdict(shared: &Shared, id: &MoveId) -> Verdict {
     answer
 }
 
-fn resolve(shared: &Shared, move_id: &str, verdict: Verdict) -> Reply {
+fn from_protocol(verdict: Verdict) -> journal::Verdict {
+    match verdict {
+        Verdict::Committed => journal::Verdict::Committed,
+        Verdict::Aborted => journal::Verdict::Aborted,
+        Verdict::Moving => journal::Verdict::Moving,
+        Verdict::Unknown => journal::Verdict::Unknown,
+    }
+}
+
+/// Notes that the target of an aborted move can never run the VM.
+fn cleared(shared: &Shared, move_id: String) -> Result<(), String> {
+    let move_id = MoveId::new(move_id).map_err(|e| e.to_string())?;
+    let mut journal = shared.journal();
+    if journal.fold().open_ends().iter().all(|end| end.move_id != move_id) {
+        return Ok(());
+    }
+    journal.append(&Record::Cleared { move_id }).map_err(|e| e.to_string())
+}
+
+/// Hands the arrival what ends its wait for the source.
+fn decide(shared: &Shared, move_id: &str, event: target::Event) -> Reply {
     let state = shared.lock();
     let arriving = match (&state.spec.start, &state.arriving) {
         (Start::Incoming(spec), Some(arriving)) if spec.move_id == move_id => arriving,
         _ => return Reply::Error(format!("move {move_id} is not waiting for a decision here")),
     };
-    let _ = arriving.send(target::Event::Resolved(match verdict {
-        Verdict::Committed => journal::Verdict::Committed,
-        Verdict::Aborted => journal::Verdict::Aborted,
-        Verdict::Moving => journal::Verdict::Moving,
-    }));
+    let _ = arriving.send(event);
     Reply::Ok
 }

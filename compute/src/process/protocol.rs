@@ -218,6 +218,16 @@ pub enum Request {
         /// The source's word.
         verdict: Verdict,
     },
+    /// To a prepared target whose source is gone for ever, by its operator's word alone: own the VM and run it.
+    TakeOver {
+        /// The move.
+        move_id: String,
+    },
+    /// To the source of an aborted move: its target has said that it holds nothing of it. Journals that.
+    Cleared {
+        /// The move.
+        move_id: String,
+    },
 }
 
 /// The answer to a [`Request`].
@@ -248,6 +258,8 @@ pub enum Verdict {
     Aborted,
     /// Not decided yet: the source is still moving it. Ask again.
     Moving,
+    /// There is no record of this move here, though one was made before its target could ask: it is lost, and says nothing.
+    Unknown,
 }
 
 /// State of a VM process.

@@ -1,0 +1,213 @@
+//! What two agents settle between them after a failure, and what only a person may decide. Left is the source of move `m`, right its
+//! target; only their journals and images know of it. VM processes are stood in for by a script that fails, so a VM that is booted is
+//! `failed`.
+
+use vmove_mirror::journal::{MoveId, Record, Standing, TAKE_OVER_STEP};
+use vmove_storage::{OwnerState, Stamp};
+
+use super::api_tests::{Host, code, eventually, pair};
+use crate::api::recovery::{RecoveryReport, StandingKind};
+use crate::api::types::VmState;
+use crate::client::Client;
+
+fn id() -> MoveId {
+    MoveId::new("m").unwrap()
+}
+
+fn stamp(generation: u64, state: OwnerState) -> Option<Stamp> {
+    Some(Stamp { vm: "web".into(), generation, state })
+}
+
+fn moving() -> Record {
+    Record::Moving { move_id: id(), to_host: Some("right".into()), generation: 2 }
+}
+
+fn aborted() -> Record {
+    Record::Aborted { move_id: id() }
+}
+
+/// Both hosts, neither of them up. Without `records` the source has no trace of the VM.
+async fn aftermath(source: Option<&[Record]>, target: Option<bool>) -> (Host, Host) {
+    let (mut left, _, mut right, _) = pair().await;
+    left.end().await;
+    right.end().await;
+    if let Some(more) = source {
+        let mut records = vec![Record::Owner { generation: 1, disks: left.disks("web") }];
+        records.extend_from_slice(more);
+        left.remains("web", stamp(1, OwnerState::Owned), &records);
+    }
+    if let Some(prepared) = target {
+        let disks = right.disks("web");
+        let mut records =
+            vec![Record::Incoming { move_id: id(), from_host: "left".into(), generation: 2, disks }];
+        if prepared {
+            records.push(Record::Prepared { move_id: id() });
+        }
+        right.remains("web", stamp(2, OwnerState::Incoming), &records);
+    }
+    (left, right)
+}
+
+fn kinds(report: &RecoveryReport) -> Vec<(&str, StandingKind)> {
+    report.hosts.iter().map(|held| (held.host.as_str(), held.standing)).collect()
+}
+
+async fn recovered(client: &Client) -> RecoveryReport {
+    client.recover("web").await.unwrap()
+}
+
+#[tokio::test]
+async fn a_copy_is_kept_when_its_source_has_lost_its_journal() {
+    let (mut left, mut right) = aftermath(None, Some(true)).await;
+    let to_left = left.serve().await;
+    let to_right = right.serve().await;
+    for _ in 0..2 {
+        let report = recovered(&to_right).await;
+        assert!(!report.settled && report.owner.is_none(), "{report:?}");
+        assert_eq!(kinds(&report), [("right", StandingKind::Prepared)]);
+        assert_eq!(report.hosts[0].waits_for.as_deref(), Some("left"));
+        assert!(report.hosts[0].images[0].allocated_bytes.is_some());
+    }
+    assert!(right.image("fast", "web").exists(), "the only copy there is");
+    // The source answers, and can never say more: so it may be decided.
+    let offer = recovered(&to_left).await.take_over.unwrap();
+    assert_eq!((offer.host.as_str(), offer.instead_of.as_str()), ("right", "left"));
+    assert!(offer.risks.iter().any(|risk| risk.contains("knows nothing of this move")), "{offer:?}");
+    // Booting fails here; the VM is owned all the same. Asked of the other agent.
+    let _ = to_left.take_over("web", "right").await;
+    let report = recovered(&to_left).await;
+    assert!(report.settled, "{report:?}");
+    assert_eq!(report.owner.as_deref(), Some("right"));
+    left.end().await;
+    right.end().await;
+}
+
+#[tokio::test]
+async fn a_source_that_comes_back_after_a_take_over_never_starts() {
+    for records in [vec![moving()], vec![moving(), aborted()]] {
+        let (mut left, mut right) = aftermath(Some(&records), Some(true)).await;
+        let to_right = right.serve().await;
+        let report = recovered(&to_right).await;
+        assert_eq!(report.unreachable[0].host, "left");
+        assert!(!report.settled && report.summary.contains("only that host knows"), "{}", report.summary);
+        let offer = report.take_over.unwrap();
+        assert!(offer.risks[0].contains("two hosts"), "{offer:?}");
+        let _ = to_right.take_over("web", "right").await;
+        let generation = 2 + TAKE_OVER_STEP;
+        let taken = right.vm("web").records().unwrap();
+        assert!(matches!(taken.last(), Some(Record::TakenOver { generation: at, .. }) if *at == generation));
+        let there = eventually("it was booted", async || {
+            to_right.vm("web").await.ok().filter(|vm| vm.summary.state == VmState::Failed)
+        });
+        assert_eq!(there.await.summary.generation, generation);
+        assert_eq!(Stamp::read(&right.image("fast", "web")).unwrap(), stamp(generation, OwnerState::Owned));
+
+        // Whatever the source had on its disk when it went, it learns of it before it starts anything.
+        let to_left = left.serve().await;
+        let started = to_left.start("web").await.unwrap_err();
+        assert!(["undecided", "vm_process"].contains(&code(&started)), "{started}");
+        let lost = eventually("the source knows", async || {
+            matches!(left.vm("web").journal().unwrap().standing(), Standing::Lost { .. }).then_some(())
+        });
+        lost.await;
+        let report = recovered(&to_left).await;
+        assert_eq!(kinds(&report), [("left", StandingKind::Lost), ("right", StandingKind::Owner)]);
+        assert!(report.settled && report.owner.as_deref() == Some("right"), "{report:?}");
+        assert!(left.image("fast", "web").exists(), "what its guest wrote since is nowhere else");
+        // Also with the other host gone again: the journal knows it now.
+        right.end().await;
+        assert_eq!(code(&to_left.start("web").await.unwrap_err()), "undecided");
+        assert_eq!(code(&to_left.remove("web").await.unwrap_err()), "undecided");
+        assert_eq!(code(&to_left.take_over("web", "left").await.unwrap_err()), "conflict");
+        // It goes by an explicit act.
+        to_left.discard_lost("web", "left").await.unwrap();
+        assert!(!left.image("fast", "web").exists() && !left.vm("web").path().exists());
+        left.end().await;
+    }
+}
+
+#[tokio::test]
+async fn an_aborted_source_is_not_started_before_its_target_has_answered() {
+    let (mut left, mut right) = aftermath(Some(&[moving()]), Some(true)).await;
+    let to_left = left.serve().await;
+    let refused = eventually("the move being aborted", async || {
+        to_left.start("web").await.err().filter(|error| error.to_string().contains("right"))
+    });
+    let refused = refused.await;
+    assert_eq!(code(&refused), "undecided", "{refused}");
+    assert!(refused.to_string().contains("vmove recover web"), "{refused}");
+    let report = recovered(&to_left).await;
+    assert!(!report.settled && report.summary.contains("may have been taken over"), "{}", report.summary);
+    // The target comes back, hears of the abort, and lets go; nobody has to ask for it.
+    right.serve().await;
+    eventually("the target lets go", async || (!right.vm("web").path().exists()).then_some(())).await;
+    let report = recovered(&to_left).await;
+    assert!(report.settled && report.owner.as_deref() == Some("left"), "{report:?}");
+    assert_eq!(left.vm("web").records().unwrap().last(), Some(&Record::Cleared { move_id: id() }));
+    right.end().await;
+    // Cleared is cleared: it starts (and fails, as all do here) with the target out of reach again.
+    assert_eq!(code(&to_left.start("web").await.unwrap_err()), "vm_process");
+    left.end().await;
+}
+
+#[tokio::test]
+async fn an_aborted_source_can_be_started_by_an_operators_word() {
+    let (mut left, mut right) = aftermath(Some(&[moving(), aborted()]), Some(true)).await;
+    let to_left = left.serve().await;
+    let report = recovered(&to_left).await;
+    let offer = report.take_over.unwrap();
+    assert_eq!((offer.host.as_str(), offer.instead_of.as_str()), ("left", "right"));
+    let held = to_left.take_over("web", "left").await.unwrap();
+    assert_eq!((held.standing, held.generation), (StandingKind::Owner, Some(1 + TAKE_OVER_STEP)));
+    assert!(recovered(&to_left).await.settled);
+    assert_eq!(code(&to_left.start("web").await.unwrap_err()), "vm_process");
+    // A prepared target that comes back still hears the truth.
+    right.serve().await;
+    eventually("the target lets go", async || (!right.vm("web").path().exists()).then_some(())).await;
+    left.end().await;
+    right.end().await;
+}
+
+#[tokio::test]
+async fn recover_settles_at_once_and_takes_nothing_over_that_is_decided() {
+    // Neither is up when the other one asks first, so both would wait before they ask again.
+    let (mut left, mut right) = aftermath(Some(&[moving()]), Some(true)).await;
+    let to_right = right.serve().await;
+    let to_left = left.serve().await;
+    let report = recovered(&to_right).await;
+    assert!(report.settled && report.take_over.is_none(), "{report:?}");
+    assert_eq!(kinds(&report), [("left", StandingKind::Owner)]);
+    for host in ["left", "right"] {
+        let refused = to_left.take_over("web", host).await.unwrap_err();
+        assert_eq!(code(&refused), "conflict", "{refused}");
+    }
+    assert_eq!(code(&to_left.discard_lost("web", "left").await.unwrap_err()), "conflict");
+    assert_eq!(code(&to_left.recover("ghost").await.unwrap_err()), "not_found");
+    left.end().await;
+    right.end().await;
+}
+
+#[tokio::test]
+async fn a_source_that_has_committed_is_not_taken_over() {
+    let committed = [moving(), Record::Committed { move_id: id() }];
+    let (mut left, right) = aftermath(Some(&committed), None).await;
+    let to_left = left.serve().await;
+    let report = recovered(&to_left).await;
+    assert!(!report.settled && report.take_over.is_none(), "{report:?}");
+    assert_eq!(kinds(&report), [("left", StandingKind::Left)]);
+    let refused = to_left.take_over("web", "left").await.unwrap_err();
+    assert!(refused.to_string().contains("complete as of the move"), "{refused}");
+    left.end().await;
+    drop(right);
+}
+
+#[tokio::test]
+async fn a_removed_vm_still_answers_for_its_aborted_moves() {
+    let (mut left, mut right) = aftermath(Some(&[moving()]), Some(true)).await;
+    let to_left = left.serve().await;
+    eventually("the move being aborted and the VM removed", async || to_left.remove("web").await.ok()).await;
+    right.serve().await;
+    eventually("the target lets go", async || (!right.vm("web").path().exists()).then_some(())).await;
+    left.end().await;
+    right.end().await;
+}
