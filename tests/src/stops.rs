@@ -5,46 +5,61 @@ use std::path::{Path, PathBuf};
 
 use crate::wait::until;
 
-/// Points at which the VM processes of a cluster are held, named when its agents are started.
+/// Points at which the VM processes of a cluster are held.
 #[derive(Debug)]
 pub struct Stops {
     dir: PathBuf,
-    names: Vec<String>,
 }
 
 impl Stops {
-    /// Points held by way of files in `dir`, which is made.
-    pub fn new(dir: &Path, names: &[&str]) -> Self {
+    /// Holds at `points` from the beginning, by way of files in `dir`, which is made.
+    pub fn new(dir: &Path, points: &[&str]) -> Self {
         fs::create_dir(dir).unwrap();
-        Self { dir: dir.to_owned(), names: names.iter().map(|name| (*name).to_owned()).collect() }
+        let stops = Self { dir: dir.to_owned() };
+        for point in points {
+            stops.hold(point);
+        }
+        stops
     }
 
     /// What an agent's environment must hold; its VM processes inherit it.
-    pub fn environment(&self) -> [(&'static str, String); 2] {
-        [("VMOVE_STOP_AT", self.names.join(",")), ("VMOVE_STOP_DIR", self.dir.display().to_string())]
+    pub fn environment(&self) -> [(&'static str, String); 1] {
+        [("VMOVE_STOP_DIR", self.dir.display().to_string())]
+    }
+
+    /// Holds whoever comes to a point from now on.
+    pub fn hold(&self, point: &str) {
+        // Whoever was there before is not whom a test waits for now.
+        let _ = fs::remove_file(self.file(point, "reached"));
+        fs::write(self.file(point, "hold"), "").unwrap();
     }
 
     /// Waits until a process is held at a point; gives its id.
-    pub fn reached(&self, name: &str) -> u32 {
-        assert!(
-            self.names.iter().any(|known| known == name),
-            "{name} is not among the points named at the start"
-        );
-        until(&format!("a process at {name}"), || {
-            fs::read_to_string(self.dir.join(format!("{name}.reached"))).ok()?.parse().ok()
-        })
+    pub fn reached(&self, point: &str) -> u32 {
+        until(&format!("a process at {point}"), || self.is_reached(point))
+    }
+
+    /// The process that is held at a point, if one is.
+    pub fn is_reached(&self, point: &str) -> Option<u32> {
+        fs::read_to_string(self.file(point, "reached")).ok()?.parse().ok()
     }
 
     /// Lets whoever is or will be at a point go on.
-    pub fn release(&self, name: &str) {
-        fs::write(self.dir.join(format!("{name}.go")), "").unwrap();
+    pub fn release(&self, point: &str) {
+        // Released twice is released.
+        let _ = fs::remove_file(self.file(point, "hold"));
     }
 
-    /// Holds the next process that comes to a point that was released.
-    pub fn hold_again(&self, name: &str) {
-        for file in ["reached", "go"] {
-            // A point that was never reached or released has no such file.
-            let _ = fs::remove_file(self.dir.join(format!("{name}.{file}")));
+    /// Lets whoever is or will be at any point go on.
+    pub fn release_all(&self) {
+        for entry in fs::read_dir(&self.dir).unwrap().filter_map(Result::ok) {
+            if entry.path().extension().is_some_and(|extension| extension == "hold") {
+                let _ = fs::remove_file(entry.path());
+            }
         }
+    }
+
+    fn file(&self, point: &str, kind: &str) -> PathBuf {
+        self.dir.join(format!("{point}.{kind}"))
     }
 }

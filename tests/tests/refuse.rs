@@ -380,7 +380,7 @@ fn a_source_that_talks_rubbish() {
             (status["report"]["outcome"] == "aborted").then_some(())
         });
         assert_nothing_happened(&cluster, &console);
-        cluster.stops.hold_again(point);
+        cluster.stops.hold(point);
     }
     cluster.stops.release(point);
     cluster.relocate("a", &["--host", "b"]);

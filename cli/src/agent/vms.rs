@@ -221,29 +221,38 @@ impl Agent {
             _ => return Err(ApiError::conflict(format!("VM {name:?} is {} already", word(view.state)))),
         }
         self.settle_before_start(name).await?;
-        self.boot(name).await?;
+        let view = self.must_view(name).await?;
+        match view.state {
+            VmState::Undecided | VmState::Lost => return Err(undecided(name, &view)),
+            // Settling has started it: it had come here and never run.
+            _ if view.pid.is_some() => {}
+            _ => self.boot(name).await?,
+        }
         drop(reservation);
         Ok(self.summary(&self.must_view(name).await?))
     }
 
-    /// A VM whose last move was aborted here might have been taken over by that move's target: that is asked before it is started.
+    /// Does first what is still to be done after the VM's last process: ends a move that died with it, removes images it left, and
+    /// asks the target of an aborted move whether it was taken over there. Who starts a VM may be quicker than the agent.
     async fn settle_before_start(self: &Arc<Self>, name: &str) -> Result<(), ApiError> {
-        let vm = self.registry.vm(name)?;
         loop {
-            let look = vm.clone();
-            let journal = blocking(move || look.journal()).await?;
-            let (Standing::Owner { .. }, Some(end)) = (journal.standing(), journal.open_ends().first())
-            else {
-                return Ok(());
-            };
-            if self.settle_reserved(name).await? != Settled::Again {
-                return Err(ApiError::undecided(format!(
-                    "VM {name:?} is not started: its last move, to host {}, was aborted here, and that host does not answer whether it \
-                     was taken over there. Bring host {} back, or see `vmove recover {name}`",
-                    end.host, end.host
-                )));
+            match self.settle_reserved(name).await? {
+                Settled::Done => return Ok(()),
+                Settled::Again => {}
+                Settled::Busy | Settled::Waiting => break,
             }
         }
+        let vm = self.registry.vm(name)?;
+        let journal = blocking(move || vm.journal()).await?;
+        let why = match journal.open_ends().first() {
+            Some(end) => format!(
+                "its last move, to host {0}, was aborted here, and that host does not answer whether it was taken over there; bring \
+                 host {0} back",
+                end.host
+            ),
+            None => "its owner is not decided".to_owned(),
+        };
+        Err(ApiError::undecided(format!("VM {name:?} is not started: {why}, or see `vmove recover {name}`")))
     }
 
     /// Boots a VM that is this host's by its journal and has no process. The caller has reserved it.
