@@ -79,7 +79,7 @@ fn each_rule_broken_alone_is_caught() {
 
 const AWAY: Scope = Scope { hosts: 2, moves: 1, kills: 1, full_disks: 0, writes: 1, outages: 2 };
 const SAFE: TakeOver =
-    TakeOver { source_down: true, others: Others::HoldNothing, remembers: true, fence: Fence::Confirmed };
+    TakeOver { source_down: true, others: Others::HoldNothing, remembers: true, fence: Fence::Targets };
 
 #[test]
 fn taking_ownership_makes_no_second_runner() {

@@ -61,6 +61,12 @@ impl Host {
         self.dir.path().join("program")
     }
 
+    /// It believes that there is another host at this address.
+    pub(super) fn knowing(mut self, name: &str, address: &str) -> Self {
+        self.config.hosts.push(HostAddress { name: name.into(), address: address.into() });
+        self
+    }
+
     pub(super) async fn serve(&mut self) -> Client {
         // Connections of an agent that has just ended may hold it for a moment.
         let agent = eventually("the state directory is free", async || {

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use hyper::Method;
 use vmove_compute::process::protocol::Request;
-use vmove_mirror::journal::{self, Journal, Standing};
+use vmove_mirror::journal::{self, Journal, MoveId, Standing};
 use vmove_mirror::recovery::{Holding, PeerAnswer, Question, Settlement, question, settle};
 
 use super::error::{ApiError, blocking};
@@ -25,8 +25,8 @@ impl Agent {
                 .ask_verdict(host, name, move_id.as_str())
                 .await
                 .map(|verdict| PeerAnswer::Said(journal_verdict(verdict))),
-            Some(Question::Holding { host, .. }) => {
-                self.ask_holding(name, journal.standing(), host).await.map(PeerAnswer::Holds)
+            Some(Question::Holding { host, move_id }) => {
+                self.ask_holding(name, journal.standing(), host, move_id).await.map(PeerAnswer::Holds)
             }
         };
         answered.unwrap_or_else(|error| {
@@ -44,8 +44,14 @@ impl Agent {
     }
 
     /// Asks the agent of a move's target what it holds of the VM.
-    async fn ask_holding(&self, name: &str, here: &Standing, host: &str) -> Result<Holding, ApiError> {
-        let path = format!("/v1/vms/{name}/standing");
+    async fn ask_holding(
+        &self,
+        name: &str,
+        here: &Standing,
+        host: &str,
+        move_id: &MoveId,
+    ) -> Result<Holding, ApiError> {
+        let path = format!("/v1/vms/{name}/standing?move_id={move_id}");
         let ask = async || {
             let there: HostStanding =
                 self.peers.call(host, Method::GET, &path, None::<&()>, peers::SHORT).await?;
@@ -155,9 +161,11 @@ fn journal_verdict(verdict: Verdict) -> journal::Verdict {
 /// A host's account as the failure table takes it.
 fn holding(there: &HostStanding) -> Holding {
     match (there.standing, there.generation) {
-        (StandingKind::Owner | StandingKind::Moving | StandingKind::Left, Some(generation)) => {
-            Holding::Owner { generation }
-        }
+        // Released with a generation: it was taken over there, and has gone on.
+        (
+            StandingKind::Owner | StandingKind::Moving | StandingKind::Left | StandingKind::Released,
+            Some(generation),
+        ) => Holding::Owner { generation },
         (StandingKind::Prepared, _) => Holding::Prepared,
         (StandingKind::Arriving, _) => Holding::Arriving,
         _ => Holding::Nothing,

@@ -35,16 +35,29 @@ const LOOK_INTERVAL: Duration = Duration::from_millis(20);
 const ROUNDS: usize = 2;
 
 impl Agent {
-    /// What this host holds of a VM.
-    pub async fn standing(&self, name: &str) -> Result<HostStanding, ApiError> {
+    /// What this host holds of a VM, or held when it took it over by `asked`.
+    pub async fn standing(
+        self: &Arc<Self>,
+        name: &str,
+        asked: Option<MoveId>,
+    ) -> Result<HostStanding, ApiError> {
         let vm = self.registry.vm(name)?;
         let process = held_process(&vm).await;
         let busy = self.registry.busy(name);
         let conflict = self.registry.conflict(name);
-        let (host, owned) = (self.config.name.clone(), name.to_owned());
+        let (agent, owned) = (self.clone(), name.to_owned());
         blocking(move || {
             let journal = vm.journal()?;
-            let mut account = account(&host, &owned, &journal, process.as_ref())?;
+            let mut account = account(&agent.config.name, &owned, &journal, process.as_ref())?;
+            if account.standing == StandingKind::Nothing
+                && let Some(move_id) = asked
+                && let Some(generation) = agent.taken_at(&move_id)?
+            {
+                account.standing = StandingKind::Released;
+                account.generation = Some(generation);
+                account.move_id = Some(move_id.to_string());
+                account.next = "nothing: it was taken over here, and has gone on since".into();
+            }
             if let Some(conflict) = conflict {
                 account.next = conflict;
             } else if let (None, Some(busy)) = (&account.waits_for, busy) {
@@ -82,7 +95,7 @@ impl Agent {
                 Err(_) => break,
             }
         }
-        self.standing(name).await
+        self.standing(name, None).await
     }
 
     /// Waits until an arrival that was told how its move went is no longer undecided.
@@ -149,8 +162,8 @@ impl Agent {
         let look = vm.clone();
         let journal = blocking(move || look.journal()).await?;
         let answer = self.ask_other(name, &journal).await;
-        let record = taking_over(name, host, &journal, answer)?;
-        self.refuse_if_owned_elsewhere(name).await?;
+        let (record, gone) = taking_over(name, host, &journal, answer)?;
+        self.refuse_if_held_elsewhere(name, &gone).await?;
         let Some(move_id) = record.move_id().map(MoveId::to_string) else {
             return Err(ApiError::internal("a take-over without a move"));
         };
@@ -171,20 +184,23 @@ impl Agent {
             }
         }
         drop(reservation);
-        self.standing(name).await
+        self.standing(name, None).await
     }
 
-    async fn refuse_if_owned_elsewhere(&self, name: &str) -> Result<(), ApiError> {
+    /// The host that is gone may have gone on with the VM, and moved it to a third one, after it aborted the move to here.
+    async fn refuse_if_held_elsewhere(&self, name: &str, gone: &str) -> Result<(), ApiError> {
         let asked =
             self.peers.ask_all::<HostStanding>(&format!("/v1/vms/{name}/standing"), super::peers::SHORT);
         for (other, account) in asked.join_all().await {
-            if let Ok(account) = account
-                && matches!(account.standing, StandingKind::Owner | StandingKind::Moving)
-            {
-                return Err(ApiError::conflict(format!(
-                    "VM {name:?} is not to be taken over: host {other} has it"
-                )));
-            }
+            let why = match account {
+                Ok(account) if account.standing == StandingKind::Nothing => continue,
+                Ok(_) => format!("host {other} holds something of it too"),
+                Err(_) if other == gone => continue,
+                Err(error) => format!(
+                    "host {other} may have it, and cannot be asked ({error}); bring it back, or take it out of the cluster"
+                ),
+            };
+            return Err(ApiError::conflict(format!("VM {name:?} is not to be taken over: {why}")));
         }
         Ok(())
     }
@@ -211,17 +227,23 @@ impl Agent {
                 }
             }
             images::remove_empty_dirs(&agent.stores, &owner);
+            agent.archive_moves(&vm)?;
             agent.remove_dir(&vm)
         })
         .await?;
         self.registry.set_ended(name, None);
         drop(reservation);
-        self.standing(name).await
+        self.standing(name, None).await
     }
 }
 
-/// The record by which this host takes a VM over, if it may.
-fn taking_over(vm: &str, own: &str, journal: &Journal, answer: PeerAnswer) -> Result<Record, ApiError> {
+/// The record by which this host takes a VM over, if it may, and the host that is taken to be gone.
+fn taking_over(
+    vm: &str,
+    own: &str,
+    journal: &Journal,
+    answer: PeerAnswer,
+) -> Result<(Record, String), ApiError> {
     use vmove_mirror::journal::Verdict;
     let refuse = |why: String| {
         Err(ApiError::conflict(format!("VM {vm:?} is not to be taken over on host {own}: {why}")))
@@ -259,7 +281,7 @@ fn taking_over(vm: &str, own: &str, journal: &Journal, answer: PeerAnswer) -> Re
     let Some(generation) = generation.checked_add(TAKE_OVER_STEP) else {
         return refuse(format!("its generation {generation} leaves no room"));
     };
-    Ok(Record::TakenOver { move_id: move_id.clone(), generation, disks })
+    Ok((Record::TakenOver { move_id: move_id.clone(), generation, disks }, host.to_owned()))
 }
 
 /// The process of a VM, by its own word.
@@ -454,8 +476,7 @@ fn judge(vm: &str, hosts: Vec<HostStanding>, unreachable: Vec<SilentHost>) -> Re
         (false, format!("{vm} has no owner among the hosts that answer (not asked: {silent})"))
     };
     let owner = (owners.len() == 1 && settled).then(|| owners[0].host.clone());
-    let take_over =
-        if owners.len() > 1 { None } else { possible_take_over(vm, &waiting, &owners, &unreachable) };
+    let take_over = possible_take_over(vm, hosts.len(), &waiting, &unreachable);
     RecoveryReport {
         vm: vm.to_owned(),
         hosts: hosts.clone(),
@@ -470,15 +491,19 @@ fn judge(vm: &str, hosts: Vec<HostStanding>, unreachable: Vec<SilentHost>) -> Re
 /// The one host that could be made the owner by an operator's word.
 fn possible_take_over(
     vm: &str,
+    hosts: usize,
     waiting: &[&HostStanding],
-    owners: &[&HostStanding],
     unreachable: &[SilentHost],
 ) -> Option<TakeOver> {
     let [candidate] = waiting[..] else { return None };
     let instead_of = candidate.waits_for.clone()?;
+    // A third host may have the VM, or get it.
+    if hosts != 1 || unreachable.iter().any(|silent| silent.host != instead_of) {
+        return None;
+    }
     let gone = unreachable.iter().any(|silent| silent.host == instead_of);
     let (effect, mut risks) = match candidate.standing {
-        StandingKind::Prepared if owners.is_empty() => (
+        StandingKind::Prepared => (
             match &candidate.process {
                 Some(_) => {
                     format!("{vm} goes on running on host {} from where it was paused", candidate.host)

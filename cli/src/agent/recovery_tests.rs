@@ -211,3 +211,37 @@ async fn a_removed_vm_still_answers_for_its_aborted_moves() {
     left.end().await;
     right.end().await;
 }
+
+#[tokio::test]
+async fn a_take_over_is_remembered_when_the_vm_has_gone_on() {
+    let (mut left, mut right) = aftermath(Some(&[moving(), aborted()]), Some(true)).await;
+    let to_right = right.serve().await;
+    let _ = to_right.take_over("web", "right").await;
+    // Gone from there: moved on, or removed as here.
+    eventually("it is removed", async || to_right.remove("web").await.ok()).await;
+    assert!(!right.vm("web").path().exists());
+    left.serve().await;
+    let lost = eventually("the source knows", async || {
+        matches!(left.vm("web").journal().unwrap().standing(), Standing::Lost { generation, .. }
+            if *generation == 2 + TAKE_OVER_STEP)
+        .then_some(())
+    });
+    lost.await;
+    left.end().await;
+    right.end().await;
+}
+
+#[tokio::test]
+async fn nothing_is_taken_over_while_a_third_host_cannot_be_asked() {
+    let (mut left, right) = aftermath(Some(&[moving()]), Some(true)).await;
+    // The source is down, and so is a host that it may have moved the VM to.
+    let mut right = right.knowing("third", "127.0.0.1:9");
+    let to_right = right.serve().await;
+    let report = recovered(&to_right).await;
+    assert!(!report.settled && report.take_over.is_none(), "{report:?}");
+    let refused = to_right.take_over("web", "right").await.unwrap_err();
+    assert!(code(&refused) == "conflict" && refused.to_string().contains("third"), "{refused}");
+    left.serve().await;
+    left.end().await;
+    right.end().await;
+}

@@ -4,6 +4,7 @@
 use axum::extract::{Path, Query, State};
 use serde::Deserialize;
 use utoipa::IntoParams;
+use vmove_mirror::journal::MoveId;
 
 use super::error::ApiError;
 use super::http::Shared;
@@ -56,14 +57,26 @@ pub async fn discard_lost(
     agent.discard_lost(&vm, &on.host).await.map(axum::Json)
 }
 
+/// The move because of which it is asked what a host holds.
+#[derive(Debug, Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
+pub struct ByMove {
+    /// Its id: a host that took the VM over by it says so for ever.
+    #[serde(default)]
+    move_id: Option<String>,
+}
+
 /// What the asked host holds of a VM.
-#[utoipa::path(get, path = "/v1/vms/{vm}/standing", tag = "vm", params(("vm" = String, Path, description = "The VM's name")),
+#[utoipa::path(get, path = "/v1/vms/{vm}/standing", tag = "vm",
+    params(("vm" = String, Path, description = "The VM's name"), ByMove),
     responses((status = 200, body = HostStanding), (status = "default", description = "Why not", body = ErrorBody)))]
 pub async fn standing(
     State(agent): Shared,
     Path(vm): Path<String>,
+    Query(by): Query<ByMove>,
 ) -> Result<axum::Json<HostStanding>, ApiError> {
-    agent.standing(&vm).await.map(axum::Json)
+    let asked = by.move_id.map(MoveId::new).transpose().map_err(|e| ApiError::invalid(e.to_string()))?;
+    agent.standing(&vm, asked).await.map(axum::Json)
 }
 
 /// Settle what can be settled of a VM on the asked host, now; then what it holds.

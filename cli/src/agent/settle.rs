@@ -18,6 +18,7 @@ use super::error::{ApiError, blocking};
 use super::vmdir::{AppendError, VmDir, placements, read_progress};
 use super::{Agent, create, images, process, registry};
 use crate::api::types::{DiskPlacement, MoveProgress, MoveRequest, Verdict, VmDefinition};
+use crate::identity::files::write_private;
 
 /// First gap between two questions; it doubles.
 pub(super) const FIRST_GAP: Duration = Duration::from_millis(250);
@@ -246,8 +247,14 @@ impl Agent {
         Ok(())
     }
 
-    /// Moves the reports of a VM's moves to where they outlive its directory.
+    /// Moves the reports of a VM's moves to where they outlive its directory, and notes there by which moves it was taken over here: a
+    /// source that comes back must learn of that for ever.
     pub(super) fn archive_moves(&self, vm: &VmDir) -> Result<(), ApiError> {
+        for record in vm.records()? {
+            if let Record::TakenOver { move_id, generation, .. } = record {
+                write_private(&self.taken_file(&move_id)?, &generation.to_string())?;
+            }
+        }
         let Ok(entries) = std::fs::read_dir(vm.moves()) else { return Ok(()) };
         let archive = self.archive_dir()?;
         for entry in entries.filter_map(Result::ok) {
@@ -258,6 +265,23 @@ impl Agent {
             }
         }
         Ok(())
+    }
+
+    /// The generation at which a VM that is not here any more was taken over here by this move.
+    pub(super) fn taken_at(&self, move_id: &MoveId) -> Result<Option<u64>, ApiError> {
+        let path = self.taken_file(move_id)?;
+        match std::fs::read_to_string(&path) {
+            Ok(text) => match text.trim().parse() {
+                Ok(generation) => Ok(Some(generation)),
+                Err(_) => Err(ApiError::storage(format!("{} holds no generation", path.display()))),
+            },
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
+            Err(e) => Err(ApiError::io("read", &path, &e)),
+        }
+    }
+
+    fn taken_file(&self, move_id: &MoveId) -> Result<std::path::PathBuf, ApiError> {
+        Ok(self.archive_dir()?.join(format!("{move_id}.taken")))
     }
 
     /// Where reports of moves are kept: `<state>/moves`.

@@ -55,7 +55,8 @@ impl RecoverArgs {
                 CommandError::failed(format!("{} is not to be taken over: {}", self.vm, report.summary))
             } else {
                 CommandError::Undecided(format!(
-                    "nothing of {} can be taken over: no host has arrived at having it whole, or none waits for a host that is gone",
+                    "nothing of {} can be taken over: that needs one host that waits for one that is gone, and all others to answer and to hold \
+                     nothing of it",
                     self.vm
                 ))
             });

@@ -2,9 +2,10 @@
 //!
 //! What is decided is decided by `vmove_mirror::{journal, recovery}`. Never enters: live processes.
 
-use vmove_mirror::journal::{Record, Standing, Verdict};
-use vmove_mirror::recovery::{PeerAnswer, Settlement, settle};
+use vmove_mirror::journal::{Record, Standing, TAKE_OVER_STEP, Verdict};
+use vmove_mirror::recovery::{Holding, PeerAnswer, Question, Settlement, holding, question, settle};
 
+use super::process::say_reported;
 use super::{Host, HostId, Move, Ownership, Packet, Process, Word, World, generation, id, index};
 
 /// What a host that is back asks before it starts a VM that its journal says is its own.
@@ -14,8 +15,8 @@ pub enum Fence {
     Journal,
     /// Whoever can be reached.
     Reachable,
-    /// The targets of all its aborted moves, until each has said that it holds nothing.
-    Confirmed,
+    /// The targets of all its aborted moves, until each has said that it holds nothing: the product's way.
+    Targets,
 }
 
 /// What the user's agent asks of hosts other than the source before it takes ownership.
@@ -64,85 +65,119 @@ impl Ownership {
                 }
                 Word::Aborted
             }
+            Verdict::Unknown => return say_reported(world, index),
         };
         world.packets.insert(Packet::Said(index, word));
         true
     }
 
-    /// What the failure table says before the other side was asked.
+    /// What the failure table says, after asking what the journal has to ask. Beside a guest that runs only aborted moves are closed.
     pub(super) fn settle(&self, world: &mut World, host: HostId) -> bool {
-        let here = world.host_mut(host);
+        let here = world.host(host);
         let standing = here.journal.standing().clone();
-        match settle(&standing, PeerAnswer::Unreachable) {
-            // Starting is a step of its own; so is asking whether the VM has arrived.
-            Settlement::Startable | Settlement::Fenced => false,
-            Settlement::Ask => {
-                let Standing::Incoming { move_id, .. } = &standing else { return false };
-                world.packets.insert(Packet::Ask(index(move_id)))
+        let closes = here.process == Some(Process::Runs) && matches!(standing, Standing::Owner { .. });
+        if here.process.is_some() && !closes {
+            return false;
+        }
+        let (asked, answer) = match question(&here.journal) {
+            None => (None, PeerAnswer::NotAsked),
+            // Asked by a message: the answer may be late.
+            Some(Question::Verdict { move_id, .. }) => {
+                return world.packets.insert(Packet::Ask(index(move_id)));
             }
-            settlement => self.carry_out(here, &standing, settlement),
+            Some(Question::Holding { move_id, .. }) => {
+                (Some(index(move_id)), self.ask_holding(world, host, index(move_id)))
+            }
+        };
+        match settle(&standing, answer) {
+            Settlement::Clear | Settlement::Ask => {}
+            _ if closes => return false,
+            _ => {}
+        }
+        self.carry_out(world, host, asked, answer)
+    }
+
+    /// What the target of a move from here holds of the VM: at once, since what it once does not hold by this move it never will.
+    fn ask_holding(&self, world: &World, host: HostId, asked: Move) -> PeerAnswer {
+        let ordered = world.ordered(asked);
+        let there = world.host(ordered.to);
+        let left = match world.host(host).journal.standing() {
+            Standing::Committed { generation, .. } => Some(*generation),
+            _ => None,
+        };
+        // The VM may have gone on from there: then it is further.
+        let further = |other: &Host| {
+            !other.down
+                && matches!(holding(other.journal.standing()), Holding::Owner { generation } if Some(generation) > left)
+        };
+        if let Some(generation) = left
+            && world.hosts.iter().any(further)
+        {
+            return PeerAnswer::Holds(Holding::Owner { generation });
+        }
+        match (there.down, holding(there.journal.standing()), ordered.taken) {
+            (true, ..) => PeerAnswer::Unreachable,
+            (_, Holding::Nothing, Some(generation)) if self.take_over.is_some_and(|how| how.remembers) => {
+                PeerAnswer::Holds(Holding::Owner { generation })
+            }
+            (_, held, _) => PeerAnswer::Holds(held),
         }
     }
 
     /// What the failure table says, the source's word in hand.
-    pub(super) fn settle_by(&self, world: &mut World, host: HostId, asked: Move, word: Word) -> bool {
-        let here = world.host_mut(host);
-        let standing = here.journal.standing().clone();
-        let Standing::Incoming { move_id, prepared: true, .. } = &standing else { return false };
-        if index(move_id) != asked {
-            return false;
-        }
-        let settlement = settle(&standing, PeerAnswer::Said(word.into()));
-        self.carry_out(here, &standing, settlement)
+    pub(super) fn settle_by(&self, world: &mut World, host: HostId, asked: Move, word: Verdict) -> bool {
+        let standing = world.host(host).journal.standing();
+        let ours =
+            matches!(standing, Standing::Incoming { move_id, prepared: true, .. } if index(move_id) == asked);
+        ours && self.carry_out(world, host, None, PeerAnswer::Said(word))
     }
 
     /// One step of a settlement; a crash may come before the next.
-    fn carry_out(&self, here: &mut Host, standing: &Standing, settlement: Settlement) -> bool {
-        let aborted = |move_id| Record::Aborted { move_id };
-        match (settlement, standing) {
-            (Settlement::AbortThenStartable, Standing::Moving { move_id, .. })
+    fn carry_out(&self, world: &mut World, host: HostId, asked: Option<Move>, answer: PeerAnswer) -> bool {
+        let standing = world.host(host).journal.standing().clone();
+        let record = match (settle(&standing, answer), &standing) {
+            (Settlement::Abort, Standing::Moving { move_id, .. })
             | (Settlement::AbortThenDiscard, Standing::Incoming { move_id, .. }) => {
-                self.append(here, &aborted(move_id.clone()))
+                Record::Aborted { move_id: move_id.clone() }
+            }
+            (Settlement::ReleaseThenDiscard, Standing::Committed { move_id, .. }) => {
+                Record::Released { move_id: move_id.clone() }
             }
             (Settlement::OwnThenBoot, Standing::Incoming { generation, .. }) => {
-                self.append(here, &Record::Owner { generation: *generation, disks: vec![] })
+                Record::Owner { generation: *generation, disks: vec![] }
+            }
+            (Settlement::Clear, _) => {
+                let Some(asked) = asked else { return false };
+                Record::Cleared { move_id: id(asked) }
+            }
+            (Settlement::Lose, _) => {
+                let (Some(asked), PeerAnswer::Holds(Holding::Owner { generation })) = (asked, answer) else {
+                    return false;
+                };
+                Record::Lost { move_id: id(asked), host: String::new(), generation }
             }
             (Settlement::Discard, _) => {
-                forget(here);
-                true
+                forget(world, host);
+                return true;
             }
-            _ => false,
-        }
-    }
-
-    /// A VM that has left: whoever owns it at the generation it left with, or has since, confirms that.
-    pub(super) fn confirm_gone(&self, world: &mut World, host: HostId, other: HostId) -> bool {
-        let there = world.host(other);
-        let owns = !there.down
-            && matches!(
-                there.journal.standing(),
-                Standing::Owner { .. } | Standing::Moving { .. } | Standing::Committed { .. }
-            );
-        let reached = generation(there.journal.standing());
-        let here = world.host_mut(host);
-        let Standing::Committed { move_id, generation, .. } = here.journal.standing().clone() else {
-            return false;
+            // Starting is a step of its own; the rest waits.
+            _ => return false,
         };
-        owns && reached >= generation && self.append(here, &Record::Released { move_id })
+        self.append(world.host_mut(host), &record)
     }
 
     /// Starts the VM where its journal says it is this host's.
     pub(super) fn start(&self, world: &mut World, host: HostId) -> bool {
         let here = world.host(host);
         let standing = here.journal.standing();
-        let settled = settle(standing, PeerAnswer::Unreachable) == Settlement::Startable;
+        let settled = settle(standing, PeerAnswer::NotAsked) == Settlement::Startable;
         let fenced = match self.take_over.map(|take_over| take_over.fence) {
-            None | Some(Fence::Journal) => false,
+            Some(Fence::Journal) => false,
             Some(Fence::Reachable) => world
                 .hosts
                 .iter()
                 .any(|other| !other.down && generation(other.journal.standing()) > generation(standing)),
-            Some(Fence::Confirmed) => !here.unconfirmed.is_empty(),
+            None | Some(Fence::Targets) => question(&here.journal).is_some(),
         };
         if !settled || fenced || here.down || here.process.is_some() {
             return false;
@@ -177,69 +212,27 @@ impl Ownership {
         if !free || take_over.source_down && !world.host(source).down {
             return false;
         }
-        world.moves[index(&move_id) as usize].taken = take_over.remembers;
-        world.host_mut(host).process = None;
-        self.append(world.host_mut(host), &Record::Owner { generation, disks: vec![] })
+        let generation = generation + TAKE_OVER_STEP;
+        world.moves[index(&move_id) as usize].taken = Some(generation);
+        let here = world.host_mut(host);
+        here.process = None;
+        self.append(here, &Record::TakenOver { move_id, generation, disks: vec![] })
     }
 }
 
-impl Process {
-    /// Whether it carries out this move.
-    fn is_of(self, index: Move) -> bool {
-        match self {
-            Self::Runs => false,
-            Self::Ordered(mine)
-            | Self::Leaving(mine)
-            | Self::Preparing(mine)
-            | Self::Committing(mine)
-            | Self::Aborting(mine, _)
-            | Self::Committed(mine)
-            | Self::Arriving(mine)
-            | Self::Proved(mine)
-            | Self::Prepared(mine)
-            | Self::Undecided(mine)
-            | Self::Owning(mine)
-            | Self::Discarding(mine) => mine == index,
+/// Nothing of the VM is left on a host, its journal included; reports of moves that ended here are.
+fn forget(world: &mut World, host: HostId) {
+    for at in 0..world.moves.len() {
+        let reported = match world.host(host).journal.verdict(&id(at as Move)) {
+            Verdict::Committed => Some(Word::Committed),
+            Verdict::Aborted => Some(Word::Aborted),
+            Verdict::Moving | Verdict::Unknown => None,
+        };
+        if world.moves[at].from == host && reported.is_some() {
+            world.moves[at].reported = reported;
         }
     }
-}
-
-/// A source's agent takes back an arrival: granted unless the target is prepared or further, and for ever.
-pub(super) fn take_back(world: &mut World, host: HostId, index: Move) -> bool {
-    let ordered = world.ordered(index);
-    let over = !matches!(world.host(host).journal.standing(),
-        Standing::Moving { move_id, .. } if super::index(move_id) == index);
-    let there = world.host(ordered.to);
-    let about = matches!(there.journal.standing(),
-        Standing::Incoming { move_id, .. } if super::index(move_id) == index);
-    let later = generation(there.journal.standing()) > generation(world.host(host).journal.standing());
-    if !over || ordered.taken || there.down || about || later || there.process.is_some_and(|p| p.is_of(index))
-    {
-        return false;
-    }
-    world.moves[index as usize].heard = true;
-    world.host_mut(host).unconfirmed.remove(&index)
-}
-
-/// A host whose VM was taken over while it was away learns of that. Its images are put aside.
-pub(super) fn yield_to(world: &mut World, host: HostId, other: HostId) -> bool {
-    let (here, there) = (world.host(host).journal.standing(), world.host(other).journal.standing());
-    let owned = |standing: &Standing| matches!(standing, Standing::Owner { .. } | Standing::Moving { .. });
-    let mine = generation(here);
-    let owns_later = owned(there) && generation(there) > mine;
-    let took = world.moves.iter().any(|ordered| {
-        ordered.taken && (ordered.from, ordered.to) == (host, other) && ordered.generation > mine
-    });
-    if world.host(other).down || !owned(here) || !(owns_later || took) {
-        return false;
-    }
-    forget(world.host_mut(host));
-    true
-}
-
-/// Nothing of the VM is left on a host, its journal included.
-fn forget(here: &mut Host) {
+    let here = world.host_mut(host);
     here.journal = Default::default();
     here.disk = None;
-    here.unconfirmed.clear();
 }

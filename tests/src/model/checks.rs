@@ -99,6 +99,8 @@ fn at_rest(world: &World) -> bool {
             // An end that could not be written is made up for with the next move, or when the target asks.
             (Some(Process::Runs), Standing::Owner { .. } | Standing::Moving { .. }) => running += 1,
             (None, Standing::Nothing) if host.disk.is_none() => {}
+            // Taken over: what it kept is for a person to look at.
+            (None, Standing::Lost { .. }) => {}
             _ => return false,
         }
     }
@@ -111,21 +113,12 @@ fn fair_step(model: &Ownership, world: &World) -> Option<World> {
         |mut steps: Box<dyn Iterator<Item = Step> + '_>| steps.find_map(|step| model.next_state(world, step));
     let up = || hosts.clone().filter(|host| !world.host(*host).down);
     let idle = move || up().filter(|host| world.host(*host).process.is_none());
-    let pairs = move || idle().flat_map(move |host| (0..model.scope.hosts).map(move |other| (host, other)));
     try_all(Box::new(hosts.clone().filter(|host| world.host(*host).down).map(Step::Up)))
         .or_else(|| try_all(Box::new(world.packets.iter().map(|packet| Step::Deliver(*packet)))))
         .or_else(|| {
             let busy = hosts.clone().filter(|host| world.host(*host).process.is_some());
             try_all(Box::new(busy.map(|host| goes_on(world, host))))
         })
-        .or_else(|| try_all(Box::new(idle().map(Step::Settle))))
-        .or_else(|| try_all(Box::new(pairs().map(|(host, other)| Step::ConfirmGone(host, other)))))
-        .or_else(|| try_all(Box::new(pairs().map(|(host, other)| Step::Yield(host, other)))))
-        .or_else(|| {
-            let open = hosts.clone().flat_map(|host| {
-                world.host(host).unconfirmed.iter().map(move |index| Step::TakeBack(host, *index))
-            });
-            try_all(Box::new(open))
-        })
+        .or_else(|| try_all(Box::new(hosts.clone().map(Step::Settle))))
         .or_else(|| try_all(Box::new(idle().map(Step::Start))))
 }

@@ -155,8 +155,6 @@ pub struct Host {
     pub process: Option<Process>,
     /// Version of the images here that are whole.
     pub disk: Option<u8>,
-    /// Aborted moves from here whose target has not said that it holds nothing, on disk like the journal.
-    pub unconfirmed: BTreeSet<Move>,
     /// It is switched off.
     pub down: bool,
 }
@@ -170,10 +168,12 @@ pub struct Ordered {
     pub to: HostId,
     /// Generation after the commit.
     pub generation: u64,
-    /// The target has accepted the offer, or taken it back: it will not accept it again.
-    pub heard: bool,
-    /// The target has taken ownership by this move, and keeps that on disk even when the VM has gone on from there.
-    pub taken: bool,
+    /// The target has accepted the offer.
+    pub accepted: bool,
+    /// How it ended, in the report that the source keeps when nothing else of the VM is left there.
+    pub reported: Option<Word>,
+    /// The generation at which the target took ownership, as it remembers it when the VM has gone on from there.
+    pub taken: Option<u64>,
 }
 
 /// All there is.
@@ -212,18 +212,12 @@ pub enum Step {
     Down(HostId),
     /// The host comes back.
     Up(HostId),
-    /// The agent carries out what the failure table says of a VM without a process.
+    /// The agent asks what its journal has to ask, and carries out what the failure table says.
     Settle(HostId),
-    /// An agent whose VM has left asks another whether it owns it.
-    ConfirmGone(HostId, HostId),
-    /// A source's agent takes back what its aborted move left at the target.
-    TakeBack(HostId, Move),
     /// User or agent: start the VM.
     Start(HostId),
     /// User: `recover --take-ownership`.
     TakeOwnership(HostId),
-    /// An agent learns that another host owns a later generation.
-    Yield(HostId, HostId),
 }
 
 /// The model to be checked.
@@ -309,7 +303,10 @@ fn generation(standing: &Standing) -> u64 {
         | Standing::Moving { generation, .. }
         | Standing::Incoming { generation, .. }
         | Standing::Committed { generation, .. } => *generation,
-        Standing::Nothing | Standing::Discarded { .. } | Standing::Released { .. } => 0,
+        Standing::Nothing
+        | Standing::Discarded { .. }
+        | Standing::Released { .. }
+        | Standing::Lost { .. } => 0,
     }
 }
 
@@ -333,13 +330,7 @@ impl Model for Ownership {
     type Action = Step;
 
     fn init_states(&self) -> Vec<World> {
-        let nothing = Host {
-            journal: Journal::default(),
-            process: None,
-            disk: None,
-            unconfirmed: BTreeSet::new(),
-            down: false,
-        };
+        let nothing = Host { journal: Journal::default(), process: None, disk: None, down: false };
         let mut hosts = vec![nothing; self.scope.hosts.into()];
         hosts[0].journal.append(&Record::Owner { generation: 1, disks: vec![] }).expect("the first record");
         hosts[0].process = Some(Process::Runs);
@@ -361,14 +352,14 @@ impl Model for Ownership {
             if world.left.outages > 0 {
                 steps.push(Step::Down(host));
             }
-            let others = hosts.clone().filter(|other| *other != host);
             match &here.process {
                 Some(process) => {
                     if process.runs() && world.left.writes > 0 {
                         steps.push(Step::Write(host));
                     }
                     if *process == Process::Runs && world.moves.len() < self.scope.moves.into() {
-                        steps.extend(others.clone().map(|to| Step::Order(host, to)));
+                        let others = hosts.clone().filter(|other| *other != host);
+                        steps.extend(others.map(|to| Step::Order(host, to)));
                     }
                     steps.push(Step::Go(host));
                     steps.push(Step::LinkLost(host));
@@ -379,19 +370,12 @@ impl Model for Ownership {
                         steps.push(Step::Kill(host));
                     }
                 }
-                None => {
-                    steps.push(Step::Start(host));
-                    steps.push(Step::Settle(host));
-                    steps.extend(others.clone().map(|other| Step::ConfirmGone(host, other)));
-                    if self.take_over.is_some() {
-                        steps.extend(others.map(|other| Step::Yield(host, other)));
-                    }
-                }
+                None => steps.push(Step::Start(host)),
             }
+            steps.push(Step::Settle(host));
             if self.take_over.is_some() && matches!(here.process, None | Some(Process::Undecided(_))) {
                 steps.push(Step::TakeOwnership(host));
             }
-            steps.extend(here.unconfirmed.iter().map(|index| Step::TakeBack(host, *index)));
         }
     }
 
@@ -411,11 +395,8 @@ impl Model for Ownership {
                 true
             }
             Step::Settle(host) => self.settle(&mut next, host),
-            Step::ConfirmGone(host, other) => self.confirm_gone(&mut next, host, other),
-            Step::TakeBack(host, index) => agent::take_back(&mut next, host, index),
             Step::Start(host) => self.start(&mut next, host),
             Step::TakeOwnership(host) => self.take_ownership(&mut next, host),
-            Step::Yield(host, other) => agent::yield_to(&mut next, host, other),
         };
         (possible && next != *world).then_some(next)
     }

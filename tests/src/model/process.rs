@@ -75,7 +75,7 @@ impl Ownership {
         match (packet, world.host(at).process) {
             (Packet::Offer(_), None) => self.accept(world, at, index),
             (Packet::Ask(_), _) => self.answer(world, at, index),
-            (Packet::Said(_, word), None) => self.settle_by(world, at, index, word),
+            (Packet::Said(_, word), None) => self.settle_by(world, at, index, word.into()),
             (Packet::Prepare(_, version), Some(Process::Arriving(mine))) if mine == index => {
                 let here = world.host_mut(at);
                 here.disk = Some(version);
@@ -117,7 +117,7 @@ impl Ownership {
     /// The offer of a move: `Incoming` is the target's first record.
     fn accept(&self, world: &mut World, at: HostId, index: Move) -> bool {
         let ordered = world.ordered(index);
-        if ordered.heard || world.host(at).disk.is_some() {
+        if ordered.accepted || world.host(at).disk.is_some() {
             return false;
         }
         let incoming = Record::Incoming {
@@ -129,7 +129,7 @@ impl Ownership {
         if !self.append(world.host_mut(at), &incoming) {
             return false;
         }
-        world.moves[index as usize].heard = true;
+        world.moves[index as usize].accepted = true;
         become_(world, at, Process::Arriving(index))
     }
 
@@ -137,6 +137,8 @@ impl Ownership {
     pub(super) fn go(&self, world: &mut World, host: HostId) -> bool {
         let Some(process) = world.host(host).process else { return false };
         match process {
+            // The process is told once the target has accepted.
+            Process::Ordered(index) if !world.ordered(index).accepted => false,
             Process::Ordered(index) => {
                 let ordered = world.ordered(index);
                 let (move_id, to_host) = (id(index), Some(name(ordered.to)));
@@ -145,7 +147,6 @@ impl Ownership {
                     // What an earlier move left open is ended first.
                     return self.end_dangling(world, host);
                 }
-                here.unconfirmed.insert(index);
                 become_(world, host, Process::Leaving(index))
             }
             // Pause, drain, save, prove; then the target is told.
@@ -262,6 +263,7 @@ impl Ownership {
                 self.end_dangling(world, host) && world.packets.insert(Packet::Said(index, Word::Aborted))
             }
             (Verdict::Moving, _) => false,
+            (Verdict::Unknown, _) => say_reported(world, index),
         }
     }
 
@@ -278,7 +280,7 @@ impl Ownership {
 pub(super) fn order(world: &mut World, from: HostId, to: HostId) -> bool {
     let index = world.moves.len() as Move;
     let generation = generation(world.host(from).journal.standing()) + 1;
-    world.moves.push(Ordered { from, to, generation, heard: false, taken: false });
+    world.moves.push(Ordered { from, to, generation, accepted: false, reported: None, taken: None });
     world.packets.insert(Packet::Offer(index));
     become_(world, from, Process::Ordered(index))
 }
@@ -304,6 +306,11 @@ pub(super) fn cannot_write(world: &mut World, host: HostId) -> bool {
         }
         _ => false,
     }
+}
+
+/// What the kept report says of a move that the journal does not know.
+pub(super) fn say_reported(world: &mut World, index: Move) -> bool {
+    world.ordered(index).reported.is_some_and(|word| world.packets.insert(Packet::Said(index, word)))
 }
 
 /// The source gives up: the target is told at once, the guest goes on once that is on disk.
