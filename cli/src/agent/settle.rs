@@ -433,6 +433,7 @@ fn given_up(move_id: &str) -> MoveProgress {
         rate: 0,
         dirty_rate: 0,
         left_ms: None,
+        reconnects: 0,
         report: None,
         error: Some("the VM's process ended before the commit".into()),
     }
