@@ -255,7 +255,7 @@ fn keys_typed_in_the_pause_reach_the_guest_once_whether_it_stays_or_goes() {
         cluster.until_state(if goes { "b" } else { "a" }, VmState::Running);
         client.lines_until("answer to the keys", |lines| keys_of(lines).len() >= typed);
         client.goes_on();
-        cluster.stops.hold_again(point);
+        cluster.stops.hold(point);
     }
     client.assert_nothing_missed();
     let lines = client.lines();
