@@ -3,6 +3,7 @@
 //! Lives here: which worker carries out which action. Never enters: decisions.
 
 use std::{
+    collections::VecDeque,
     net::IpAddr,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
@@ -97,6 +98,8 @@ struct Driver {
     closed: Arc<AtomicBool>,
     /// No connection is in use.
     unlinked: bool,
+    /// What the threads of ended connections still had to say; heard before anything else.
+    late: VecDeque<Event>,
     /// When the source must have called.
     deadline: Option<Instant>,
     prepared: Option<PreparedMachine>,
@@ -164,6 +167,7 @@ impl TargetMove {
             made: Arc::default(),
             closed: Arc::default(),
             unlinked: true,
+            late: VecDeque::new(),
             deadline: None,
             prepared: None,
             machine: None,
@@ -220,6 +224,9 @@ impl Driver {
     }
 
     fn next(&mut self) -> Option<Event> {
+        if let Some(event) = self.late.pop_front() {
+            return Some(event);
+        }
         let inbox = &self.task.events.1;
         let Some(deadline) = self.deadline else { return inbox.recv().ok() };
         match inbox.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
@@ -303,7 +310,9 @@ impl Driver {
         }
         self.unlinked = true;
         self.deadline = Some(Instant::now() + COME_BACK);
-        // Called already: after everything that was posted so far.
+        // New connections, even if they are there already, are taken only after what is left of the old ones was heard.
+        let heard = self.task.events.1.try_iter();
+        self.late.extend(heard.filter(|event| !matches!(event, Event::Linked(_))));
         if lock(&self.made).is_some() {
             self.post(Event::Linked(Arrived::default()));
         }

@@ -337,13 +337,17 @@ impl Driver {
         if self.mirrors.iter().filter_map(BlocksOut::stalled).any(|time| time > STALL) {
             return Some(silence("a write of the guest", STALL));
         }
-        if phase >= Phase::Pausing || phase == Phase::Reconnecting {
-            return None;
-        }
-        let blocks = self.mirrors.iter().filter_map(BlocksOut::silent);
-        let pages = self.pages.iter().filter_map(PagesOut::silent);
-        let word = self.awaiting_word.iter().map(Instant::elapsed);
-        blocks.chain(pages).chain(word).any(|time| time > SILENCE).then(|| silence("at all", SILENCE))
+        let silent = |time: Duration| time > SILENCE;
+        let overdue = match phase {
+            Phase::Setup | Phase::Resuming => self.awaiting_word.is_some_and(|since| silent(since.elapsed())),
+            Phase::Mirror | Phase::PreCopy => {
+                self.mirrors.iter().filter_map(BlocksOut::silent).any(silent)
+                    || self.pages.iter().filter_map(PagesOut::silent).any(silent)
+            }
+            // Between connections nothing is owed; in the pause its limit counts.
+            _ => false,
+        };
+        overdue.then(|| silence("at all", SILENCE))
     }
 
     fn pause_limit(&self) -> Duration {
