@@ -153,6 +153,37 @@ fn images_that_are_damaged() {
 }
 
 #[test]
+fn kernels_that_are_missing_or_are_none() {
+    if !kvm::usable("kernels_that_are_missing_or_are_none") {
+        return;
+    }
+    let cluster = Cluster::start(PROGRAM, &["a", "b"], &[]);
+    let none = cluster.path().join("letter.txt");
+    fs::write(&none, "Dear kernel,\n").unwrap();
+    let none = none.display().to_string();
+    let create = |kernel: &str| cluster.vmove("a", &["create", VM, "--kernel", kernel]);
+    create("/nonexistent/vmlinux").refused(1, &["/nonexistent/vmlinux"]);
+    create(&none).refused(1, &["letter.txt is not a kernel", "neither an ELF file nor a bzImage"]);
+    cluster.until_clean("a");
+
+    // A running guest needs its kernel no more, until it is started again: it is not moved away from what it has not.
+    let console = cluster.boot("a", &Spec::default());
+    let kernel = cluster.host("a").vm_dir(VM).join("kernel");
+    let name = kernel.display().to_string();
+    let good = fs::read(&kernel).unwrap();
+    fs::remove_file(&kernel).unwrap();
+    cluster.vmove("a", &[VM, "--host", "b"]).refused(1, &["cannot read kernel", &name]);
+    assert_nothing_happened(&cluster, &console);
+    fs::write(&kernel, "no kernel").unwrap();
+    cluster.vmove("a", &[VM, "--host", "b", "--dry-run"]).refused(1, &[&name, "not a kernel"]);
+    cluster.vmove("a", &[VM, "--host", "b"]).refused(1, &[&name, "not a kernel"]);
+    assert_nothing_happened(&cluster, &console);
+    fs::write(&kernel, good).unwrap();
+    cluster.relocate("a", &["--host", "b"]);
+    cluster.console("b").check();
+}
+
+#[test]
 fn a_second_move_of_a_vm_on_the_move() {
     if !kvm::usable("a_second_move_of_a_vm_on_the_move") {
         return;

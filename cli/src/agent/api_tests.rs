@@ -24,6 +24,9 @@ pub(super) struct Host {
     serving: Option<tokio::task::JoinHandle<()>>,
 }
 
+/// What begins as a kernel does: an ELF file for x86-64.
+const KERNEL: &[u8] = b"\x7fELF\x02\x01\0\0\0\0\0\0\0\0\0\0\x02\0\x3e\0";
+
 fn free_port() -> u16 {
     std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
 }
@@ -41,7 +44,7 @@ impl Host {
         let program = dir.path().join("program");
         std::fs::write(&program, "#!/bin/sh\necho boom > \"$3/error.txt\"\nexit 1\n").unwrap();
         std::fs::set_permissions(&program, std::fs::Permissions::from_mode(0o700)).unwrap();
-        std::fs::write(dir.path().join("kernel"), b"kernel").unwrap();
+        std::fs::write(dir.path().join("kernel"), KERNEL).unwrap();
         let config = Config {
             name: name.into(),
             listen: format!("127.0.0.1:{}", free_port()).parse().unwrap(),
@@ -118,7 +121,7 @@ impl Host {
         let vm = self.vm(name);
         std::fs::create_dir_all(vm.path()).unwrap();
         vm.save_definition(&definition(name, "fast")).unwrap();
-        std::fs::write(vm.kernel(), b"kernel").unwrap();
+        std::fs::write(vm.kernel(), KERNEL).unwrap();
         let image = self.image("fast", name);
         if let Some(stamp) = stamp {
             std::fs::create_dir_all(image.parent().unwrap()).unwrap();
@@ -237,6 +240,8 @@ async fn what_cannot_be_made_leaves_nothing_behind() {
     let mut request = host.definition("web");
     request.kernel = "/nonexistent".into();
     assert_eq!(code(&client.create(&request).await.unwrap_err()), "storage");
+    request.kernel = host.dir.path().join("program");
+    assert_eq!(code(&client.create(&request).await.unwrap_err()), "invalid");
     for name in ["../web", "ls"] {
         let request = host.definition(name);
         assert_eq!(code(&client.create(&request).await.unwrap_err()), "invalid", "{name}");

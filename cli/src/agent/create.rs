@@ -5,6 +5,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
+use vmove_compute::boot;
 use vmove_compute::process::protocol::VmDefinition;
 use vmove_mirror::journal::Record;
 use vmove_storage::datastore::check_name;
@@ -87,6 +88,7 @@ impl Agent {
         self.fill_macs(&mut request.definition)?;
         let specs = self.resolve(&mut request)?;
         check_definition(&request.definition)?;
+        check_kernel(&request.kernel)?;
         let definition = &request.definition;
         let disks = definition
             .disks
@@ -199,6 +201,14 @@ impl Agent {
         vm.append(&Record::Owner { generation: 1, disks: disks_at(disks)? })?;
         images::own(disks, &definition.name, 1)
     }
+}
+
+/// Checks that a file can be a VM's kernel.
+pub(super) fn check_kernel(path: &Path) -> Result<(), ApiError> {
+    boot::check_kernel(path).map_err(|error| match error {
+        boot::Error::Read { .. } => ApiError::storage(error.to_string()),
+        _ => ApiError::invalid(error.to_string()),
+    })
 }
 
 /// Copies a kernel or RAM disk of at most `cap` bytes.

@@ -17,6 +17,7 @@ use vmove_mirror::journal::{MoveId, Standing};
 use vmove_storage::{OwnerState, Stamp};
 
 use super::control::{self, ControlError};
+use super::create::check_kernel;
 use super::error::{ApiError, blocking};
 use super::plan::{self, Here};
 use super::registry::{MOVING, Reservation};
@@ -183,6 +184,8 @@ impl Agent {
         }
         let (kernel, initrd) = (vm.kernel(), vm.initrd());
         let (kernel, initrd) = blocking(move || {
+            // The guest at the target has no use for it before it is started again: the time to find out is now.
+            check_kernel(&kernel)?;
             let initrd = initrd.exists().then(|| digest(&initrd)).transpose()?;
             Ok((digest(&kernel)?, initrd))
         })

@@ -20,6 +20,8 @@ const MAX_FILE: u64 = 2 << 30;
 const MAX_CMDLINE: usize = 4096;
 /// A bzImage's 64-bit entry lies this far behind its load address (boot.rst, "64-bit boot protocol").
 const BZIMAGE_ENTRY_64: u64 = 0x200;
+/// Where a bzImage says "HdrS" (boot.rst, "The real-mode kernel header").
+const HEADER_AT: usize = 0x202;
 /// xloadflags: the kernel has that entry.
 const XLF_KERNEL_64: u16 = 1;
 
@@ -45,27 +47,66 @@ impl Kernel {
     }
 }
 
+/// What a file of a kernel is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Format {
+    Elf,
+    BzImage,
+}
+
+/// The format that the first bytes of a file say.
+fn format(head: &[u8]) -> Result<Format, &'static str> {
+    if head.starts_with(b"\x7fELF") {
+        // ELF-64, little-endian; e_machine is EM_X86_64 (System V ABI, AMD64 supplement, 4.1).
+        return match (head.get(4..6), head.get(18..20)) {
+            (Some([2, 1]), Some([62, 0])) => Ok(Format::Elf),
+            _ => Err("it is an ELF file, but not for x86-64"),
+        };
+    }
+    match head.get(HEADER_AT..HEADER_AT + 4) {
+        Some(b"HdrS") => Ok(Format::BzImage),
+        _ => Err("it is neither an ELF file nor a bzImage"),
+    }
+}
+
+/// Opens a kernel and sees what it is.
+fn open_kernel(path: &Path) -> Result<(File, Format), Error> {
+    let file = open("kernel", path)?;
+    let mut head = Vec::new();
+    let unreadable = |source| Error::Read { what: "kernel", path: path.to_owned(), source };
+    (&file).take(HEADER_AT as u64 + 4).read_to_end(&mut head).map_err(unreadable)?;
+    let format = format(&head).map_err(|why| Error::Kernel { path: path.to_owned(), why: why.to_owned() })?;
+    Ok((file, format))
+}
+
+/// Whether a file looks like a kernel: it can be read and its first bytes are those of one. What only loading it shows is found at the
+/// start of the machine.
+///
+/// # Errors
+/// [`Error::Read`] or [`Error::Kernel`] naming the file.
+pub fn check_kernel(path: &Path) -> Result<(), Error> {
+    open_kernel(path).map(drop)
+}
+
 /// Loads a kernel, whatever format it has.
 ///
 /// # Errors
 /// [`Error::Read`] or [`Error::Kernel`] naming the file.
 pub(super) fn kernel(ram: &GuestRam, path: &Path) -> Result<Kernel, Error> {
     let refuse = |why: String| Error::Kernel { path: path.to_owned(), why };
-    let mut file = open("kernel", path)?;
-    let mut magic = [0; 4];
-    file.read_exact(&mut magic).map_err(|source| match source.kind() {
-        io::ErrorKind::UnexpectedEof => refuse("it is shorter than 4 bytes".to_owned()),
-        _ => Error::Read { what: "kernel", path: path.to_owned(), source },
-    })?;
+    let (mut file, format) = open_kernel(path)?;
     let high = Some(GuestAddress(place::HIGH));
-    let (kind, end) = if magic == *b"\x7fELF" {
-        let loaded = Elf::load(&**ram.memory(), None, &mut file, high)
-            .map_err(|error| refuse(explain(&error.to_string())))?;
-        (elf_kind(&loaded), loaded.kernel_end)
-    } else {
-        let loaded = BzImage::load(&**ram.memory(), None, &mut file, high)
-            .map_err(|error| refuse(explain(&error.to_string())))?;
-        bzimage_kind(&loaded).map_err(refuse)?
+    let (kind, end) = match format {
+        Format::Elf => {
+            let loaded = Elf::load(&**ram.memory(), None, &mut file, high)
+                .map_err(|error| refuse(explain(&error.to_string())))?;
+            (elf_kind(&loaded), loaded.kernel_end)
+        }
+        Format::BzImage => {
+            let loaded = BzImage::load(&**ram.memory(), None, &mut file, high)
+                .map_err(|error| refuse(explain(&error.to_string())))?;
+            bzimage_kind(&loaded).map_err(refuse)?
+        }
     };
     let low_end = ram.layout().ranges()[0].len;
     if end > low_end {
@@ -150,4 +191,27 @@ fn open(what: &'static str, path: &Path) -> Result<File, Error> {
         return Err(unreadable(io::Error::other("it is larger than 2 GiB")));
     }
     Ok(file)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn kernels_are_told_by_their_first_bytes() {
+        let mut elf = b"\x7fELF\x02\x01".to_vec();
+        elf.resize(18, 0);
+        elf.extend([62, 0]);
+        assert_eq!(format(&elf), Ok(Format::Elf));
+        // Cut short; for 32 bits; for another processor (EM_AARCH64).
+        for bad in [&elf[..19], &[b"\x7fELF\x01", &elf[5..]].concat(), &[&elf[..18], &[183, 0]].concat()] {
+            assert!(format(bad).is_err_and(|why| why.contains("x86-64")), "{bad:?}");
+        }
+        let mut bzimage = vec![0; HEADER_AT];
+        bzimage.extend(b"HdrS");
+        assert_eq!(format(&bzimage), Ok(Format::BzImage));
+        for bad in [&bzimage[..HEADER_AT + 3], b"hello", b""] {
+            assert!(format(bad).is_err_and(|why| why.contains("bzImage")), "{bad:?}");
+        }
+    }
 }

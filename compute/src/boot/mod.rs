@@ -16,6 +16,8 @@ use std::path::{Path, PathBuf};
 
 use kvm_bindings::{kvm_regs, kvm_sregs};
 
+pub use load::check_kernel;
+
 use crate::memory::GuestRam;
 pub(crate) use acpi::{RESET_CONTROL, RESET_CPU};
 
