@@ -3,9 +3,11 @@
 //! A record is magic, length, CRC-32C of length and payload, payload; numbers little-endian. Each append is synced
 //! before the next, so a crash can tear the last record only: a torn tail is cut, damage before it is an error and
 //! never silently drops a record. What never enters: what the records mean.
+//!
+//! The bytes lie on a [`Medium`] at a [`Place`]: a locked file at a path, or whatever a simulation crashes in their stead.
 
 use std::fs::{File, OpenOptions, TryLockError};
-use std::io::Read;
+use std::io::{self, Read, Seek, SeekFrom};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
@@ -23,10 +25,96 @@ pub const MAX_RECORDS: usize = 65536;
 /// Larger files are not read: more than any sequence of small decisions needs.
 const MAX_FILE: u64 = 256 << 20;
 
+/// What a journal's bytes are written to, by one holder at a time.
+pub trait Medium {
+    /// All bytes.
+    fn read(&self) -> io::Result<Vec<u8>>;
+    /// Drops everything from byte `len` on.
+    fn cut(&self, len: u64) -> io::Result<()>;
+    /// Writes all of `bytes` at byte `at`.
+    fn write(&self, bytes: &[u8], at: u64) -> io::Result<()>;
+    /// Makes all that was written durable.
+    fn sync(&self) -> io::Result<()>;
+}
+
+/// Where a journal lies.
+pub trait Place {
+    /// What is found there.
+    type Medium: Medium;
+    /// Opens or creates it for one holder; its name is durable then.
+    ///
+    /// # Errors
+    /// [`BlockError::Locked`] while somebody else holds it.
+    fn open(&self) -> Result<Self::Medium>;
+    /// Its bytes, without holding it; none if there is nothing.
+    fn read(&self) -> Result<Vec<u8>>;
+    /// Its name, for messages.
+    fn path(&self) -> &Path;
+}
+
+impl Medium for File {
+    fn read(&self) -> io::Result<Vec<u8>> {
+        let mut bytes = Vec::new();
+        let mut file = self;
+        file.seek(SeekFrom::Start(0))?;
+        file.take(MAX_FILE + 1).read_to_end(&mut bytes)?;
+        Ok(bytes)
+    }
+
+    fn cut(&self, len: u64) -> io::Result<()> {
+        self.set_len(len)
+    }
+
+    fn write(&self, bytes: &[u8], at: u64) -> io::Result<()> {
+        self.write_all_at(bytes, at)
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        self.sync_data()
+    }
+}
+
+impl Place for PathBuf {
+    type Medium = File;
+
+    fn open(&self) -> Result<File> {
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .open(self)
+            .map_err(|e| BlockError::io("open journal", self, e))?;
+        match file.try_lock() {
+            Ok(()) => {}
+            Err(TryLockError::WouldBlock) => {
+                let conflict = "another process has the journal open";
+                return Err(BlockError::Locked { path: self.clone(), conflict });
+            }
+            Err(TryLockError::Error(e)) => return Err(BlockError::io("lock journal", self, e)),
+        }
+        durable::sync_parent(self)?;
+        Ok(file)
+    }
+
+    fn read(&self) -> Result<Vec<u8>> {
+        let file = match File::open(self) {
+            Ok(file) => file,
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            Err(e) => return Err(BlockError::io("open journal", self, e)),
+        };
+        Medium::read(&file).map_err(|e| BlockError::io("read journal", self, e))
+    }
+
+    fn path(&self) -> &Path {
+        self
+    }
+}
+
 /// A journal open for appending, by this process only.
 #[derive(Debug)]
-pub struct JournalFile {
-    file: File,
+pub struct JournalFile<M = File> {
+    file: M,
     path: PathBuf,
     end: u64,
     records: usize,
@@ -40,36 +128,40 @@ impl JournalFile {
     /// # Errors
     /// [`BlockError::Locked`] while another process appends; [`BlockError::Journal`] for damage before the tail.
     pub fn open(path: &Path) -> Result<Self> {
-        let file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .open(path)
-            .map_err(|e| BlockError::io("open journal", path, e))?;
-        match file.try_lock() {
-            Ok(()) => {}
-            Err(TryLockError::WouldBlock) => {
-                let conflict = "another process has the journal open";
-                return Err(BlockError::Locked { path: path.to_path_buf(), conflict });
-            }
-            Err(TryLockError::Error(e)) => return Err(BlockError::io("lock journal", path, e)),
-        }
-        let bytes = read_file(&file, path)?;
+        Self::open_at(&path.to_path_buf())
+    }
+
+    /// All records, oldest first, without taking the lock; none if there is no such file. A torn tail is left out.
+    pub fn read_all(path: &Path) -> Result<Vec<Vec<u8>>> {
+        records(&path.to_path_buf())
+    }
+}
+
+/// All records at a place, oldest first, without holding it. A torn tail is left out.
+pub fn records<P: Place>(place: &P) -> Result<Vec<Vec<u8>>> {
+    let bytes = capped(place.path(), place.read()?)?;
+    Ok(parse(place.path(), &bytes)?.0.into_iter().map(<[u8]>::to_vec).collect())
+}
+
+impl<M: Medium> JournalFile<M> {
+    /// As [`JournalFile::open`], wherever the journal lies.
+    pub fn open_at<P: Place<Medium = M>>(place: &P) -> Result<Self> {
+        let (file, path) = (place.open()?, place.path());
+        let bytes = file.read().map_err(|e| BlockError::io("read journal", path, e))?;
+        let bytes = capped(path, bytes)?;
         let (records, end) = parse(path, &bytes)?;
         if end < bytes.len() {
-            file.set_len(end as u64).map_err(|e| BlockError::io("cut journal", path, e))?;
+            file.cut(end as u64).map_err(|e| BlockError::io("cut journal", path, e))?;
         }
         // Each append was synced before the next, so only the last record can be in doubt: a sync that failed may have left it in
         // the page cache, marked clean. Written again it is on disk after the sync below, or that fails too.
         if let Some(last) = records.last() {
             let framed = frame(last);
-            file.write_all_at(&framed, (end - framed.len()) as u64)
+            file.write(&framed, (end - framed.len()) as u64)
                 .map_err(|e| BlockError::io("rewrite the last record of journal", path, e))?;
         }
         // Also when nothing was cut: what was read must not vanish later, and neither must a new file's name.
-        file.sync_all().map_err(|e| BlockError::io("sync journal", path, e))?;
-        durable::sync_parent(path)?;
+        file.sync().map_err(|e| BlockError::io("sync journal", path, e))?;
         Ok(Self { file, path: path.to_path_buf(), end: end as u64, records: records.len(), failed: false })
     }
 
@@ -96,30 +188,17 @@ impl JournalFile {
         let framed = frame(record);
         self.failed = true;
         self.file
-            .write_all_at(&framed, self.end)
-            .and_then(|()| self.file.sync_data())
+            .write(&framed, self.end)
+            .and_then(|()| self.file.sync())
             .map_err(|e| BlockError::io("append to journal", &self.path, e))?;
         self.failed = false;
         self.end += framed.len() as u64;
         self.records += 1;
         Ok(())
     }
-
-    /// All records, oldest first, without taking the lock; none if there is no such file. A torn tail is left out.
-    pub fn read_all(path: &Path) -> Result<Vec<Vec<u8>>> {
-        let file = match File::open(path) {
-            Ok(file) => file,
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
-            Err(e) => return Err(BlockError::io("open journal", path, e)),
-        };
-        let bytes = read_file(&file, path)?;
-        Ok(parse(path, &bytes)?.0.into_iter().map(<[u8]>::to_vec).collect())
-    }
 }
 
-fn read_file(file: &File, path: &Path) -> Result<Vec<u8>> {
-    let mut bytes = Vec::new();
-    file.take(MAX_FILE + 1).read_to_end(&mut bytes).map_err(|e| BlockError::io("read journal", path, e))?;
+fn capped(path: &Path, bytes: Vec<u8>) -> Result<Vec<u8>> {
     if bytes.len() as u64 > MAX_FILE {
         let reason = format!("the file is larger than {MAX_FILE} bytes");
         return Err(BlockError::Journal { path: path.to_path_buf(), offset: MAX_FILE, reason });

@@ -36,7 +36,7 @@ pub use device::{BlockDevice, BlockStatus, LayerStatus};
 pub use error::{BlockError, Result};
 pub use image::{BackingSpec, ImageFormat, ImageInfo, ImageSpec, create, info};
 pub use imago::io_buffers::{IoVector, IoVectorMut};
-pub use journal_file::JournalFile;
+pub use journal_file::{JournalFile, Medium, Place};
 pub use lock::{ImageLock, LockMode};
 pub use open::{BackingPolicy, OpenOptions, Owner};
 pub use repair::repair;

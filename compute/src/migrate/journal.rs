@@ -5,7 +5,7 @@
 use std::path::{Path, PathBuf};
 
 use vmove_mirror::journal::{Journal, JournalError, Record, Standing};
-use vmove_storage::{BlockError, JournalFile};
+use vmove_storage::{BlockError, JournalFile, Place, journal_file};
 
 /// Why a record is not in the journal.
 #[derive(Debug, thiserror::Error)]
@@ -23,17 +23,24 @@ pub enum AppendError {
 
 /// A VM's journal on this host, held by this process alone.
 #[derive(Debug)]
-pub struct VmJournal {
-    path: PathBuf,
-    file: Option<JournalFile>,
+pub struct VmJournal<P: Place = PathBuf> {
+    place: P,
+    file: Option<JournalFile<P::Medium>>,
     fold: Journal,
 }
 
 impl VmJournal {
     /// Opens (or makes) it and replays it.
     pub fn open(path: &Path) -> Result<Self, BlockError> {
-        let (file, fold) = open(path)?;
-        Ok(Self { path: path.to_owned(), file: Some(file), fold })
+        Self::open_at(path.to_owned())
+    }
+}
+
+impl<P: Place> VmJournal<P> {
+    /// As [`VmJournal::open`], wherever the journal lies.
+    pub fn open_at(place: P) -> Result<Self, BlockError> {
+        let (file, fold) = open(&place)?;
+        Ok(Self { place, file: Some(file), fold })
     }
 
     /// What stands.
@@ -72,18 +79,18 @@ impl VmJournal {
     }
 
     fn reopen(&mut self) -> Result<(), BlockError> {
-        let (file, fold) = open(&self.path)?;
+        let (file, fold) = open(&self.place)?;
         self.file = Some(file);
         self.fold = fold;
         Ok(())
     }
 }
 
-fn open(path: &Path) -> Result<(JournalFile, Journal), BlockError> {
-    let file = JournalFile::open(path)?;
-    let records = JournalFile::read_all(path)?;
+fn open<P: Place>(place: &P) -> Result<(JournalFile<P::Medium>, Journal), BlockError> {
+    let file = JournalFile::open_at(place)?;
+    let records = journal_file::records(place)?;
     let fold = Journal::replay(records.iter().map(Vec::as_slice)).map_err(|e| BlockError::Journal {
-        path: path.to_owned(),
+        path: place.path().to_owned(),
         offset: 0,
         reason: e.to_string(),
     })?;
