@@ -27,20 +27,10 @@ pub struct Claims {
 impl Claims {
     /// Claims a range, or queues behind everything it overlaps; whether it is held now.
     pub fn claim(&mut self, id: OpId, offset: u64, len: u64) -> bool {
-        if self.try_claim(id, offset, len) {
-            return true;
-        }
-        self.waiting.push(Claim { id, offset, len });
-        false
-    }
-
-    /// Claims a range if nothing overlaps it, held or waiting.
-    pub fn try_claim(&mut self, id: OpId, offset: u64, len: u64) -> bool {
-        if self.held.iter().chain(&self.waiting).any(|c| c.overlaps(offset, len)) {
-            return false;
-        }
-        self.held.push(Claim { id, offset, len });
-        true
+        let free = !self.held.iter().chain(&self.waiting).any(|c| c.overlaps(offset, len));
+        let list = if free { &mut self.held } else { &mut self.waiting };
+        list.push(Claim { id, offset, len });
+        free
     }
 
     /// Ends a claim; gives those that hold theirs now, oldest first.

@@ -373,6 +373,21 @@ impl BlockMirror {
         out.push(Action::Local { id });
     }
 
+    fn start_copy(&mut self, id: u64, out: &mut Vec<Action>) {
+        let Some(Copy { offset, len, .. }) = self.copies.get(&id) else { return };
+        let (offset, len) = (*offset, *len);
+        if self.state != State::Failed && !self.away {
+            out.push(Action::Copy { id, offset, len });
+            return;
+        }
+        // The target went while this waited for its range.
+        self.copies.remove(&id);
+        if self.state != State::Failed {
+            self.dirty.insert(chunks(offset, len));
+        }
+        self.release(OpId::Copy(id), out);
+    }
+
     fn finish_guest(&mut self, id: u64, out: &mut Vec<Action>) {
         let Some(Guest { unacked: None, local: Some(ok), .. }) = self.guests.get(&id) else { return };
         out.push(Action::Finish { id, ok: *ok });
@@ -542,8 +557,9 @@ impl BlockMirror {
 
     fn release(&mut self, id: OpId, out: &mut Vec<Action>) {
         for granted in self.claims.release(id) {
-            if let OpId::Guest(id) = granted {
-                self.start_guest(id, out);
+            match granted {
+                OpId::Guest(id) => self.start_guest(id, out),
+                OpId::Copy(id) => self.start_copy(id, out),
             }
         }
     }
@@ -553,7 +569,6 @@ impl BlockMirror {
         if self.state == State::Failed || self.away {
             return;
         }
-        let mut skipped = Vec::new();
         while self.copies.len() < COPIES && !self.dirty.is_empty() {
             let (ranges, next) = self.dirty.take(self.cursor, COPY_BYTES / CHUNK_BYTES);
             let Some((run, rest)) = ranges.split_first() else { break };
@@ -564,17 +579,13 @@ impl BlockMirror {
             let offset = run.first * CHUNK_BYTES;
             let len = (run.count * CHUNK_BYTES).min(self.size - offset);
             let id = self.next_copy;
-            if !self.claims.try_claim(OpId::Copy(id), offset, len) {
-                // A guest operation is in flight there; come back later.
-                skipped.push(*run);
-                continue;
-            }
             self.next_copy += 1;
             self.copies.insert(id, Copy { offset, len, unacked: None, failed: false });
-            out.push(Action::Copy { id, offset, len });
-        }
-        for run in skipped {
-            self.dirty.insert(run);
+            // Behind what the guest has in flight there, and before what it does next: else a guest that never rests would keep the
+            // copy of its busiest chunks from ever being made.
+            if self.claims.claim(OpId::Copy(id), offset, len) {
+                self.start_copy(id, out);
+            }
         }
         if !self.dirty.is_empty() || !self.copies.is_empty() || !self.mapped {
             return;

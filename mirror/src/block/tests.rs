@@ -351,3 +351,25 @@ fn a_target_that_counts_wrong_is_given_up() {
         assert_eq!(world.state, State::Failed);
     }
 }
+
+/// A guest that always has something in flight everywhere: found by the simulator (a move that never left its mirror phase).
+#[test]
+fn a_guest_that_never_rests_does_not_keep_the_copy_from_being_made() {
+    let sectors = SIZE / SECTOR;
+    let mut world = World::new(vec![1; sectors as usize], 0);
+    let mut writes = 0;
+    while world.state != State::Synced {
+        assert!(writes < 1_000, "the copy starves");
+        // The next one is issued before the one before it is complete.
+        for first in (0..sectors).step_by(4) {
+            world.guest(GuestOp::Write, first, 8);
+            writes += 1;
+        }
+        for _ in 0..world.pending.len() / 2 {
+            world.complete(0);
+        }
+    }
+    world.step(Event::Drain);
+    world.run_out(|_| 0);
+    assert_eq!((world.state, &world.source), (State::Drained, &world.target));
+}
