@@ -88,7 +88,7 @@ impl Agent {
             if !look.path().exists() || process::find(look.path()).is_some() {
                 return Ok(None);
             }
-            Ok(Some(look.journal()?))
+            Ok(Some(look.durable_journal()?))
         })
         .await?;
         let Some(journal) = found else { return Ok(Settled::Done) };
@@ -98,14 +98,9 @@ impl Agent {
         tracing::info!(vm = name, ?settlement, "VM without a process");
         match settlement {
             Settlement::Startable => {
-                let (agent, look, owned) = (self.clone(), vm.clone(), name.to_owned());
-                let never_ran = blocking(move || {
-                    retire_left(&owned, &look, &standing)?;
-                    images::remove_empty_dirs(&agent.stores, &owned);
-                    never_ran(&look, &standing)
-                })
-                .await?;
-                if never_ran {
+                self.retire_left_behind(name).await?;
+                let look = vm.clone();
+                if blocking(move || never_ran(&look, &standing)).await? {
                     self.boot(name).await?;
                 }
                 Ok(Settled::Done)
@@ -148,6 +143,18 @@ impl Agent {
             Settlement::Keep => Ok(Settled::Done),
             Settlement::Fenced | Settlement::Ask => Ok(Settled::Waiting),
         }
+    }
+
+    /// Ends what a VM of this host left in another datastore by a move whose process died before it could. Also for a start that is
+    /// quicker than settling: once the VM runs, nobody else would.
+    pub(super) async fn retire_left_behind(self: &Arc<Self>, name: &str) -> Result<(), ApiError> {
+        let (agent, vm, name) = (self.clone(), self.registry.vm(name)?, name.to_owned());
+        blocking(move || {
+            retire_left(&name, &vm, vm.durable_journal()?.standing())?;
+            images::remove_empty_dirs(&agent.stores, &name);
+            Ok(())
+        })
+        .await
     }
 
     /// A source whose process died before the commit: the move is off, the VM can be started again.
@@ -510,7 +517,12 @@ fn verdict_of_dead(vm: &VmDir, id: &MoveId, archived: &Path) -> Result<Verdict, 
         return Ok(Verdict::Moving);
     }
     match vm.journal()?.verdict(id) {
-        journal::Verdict::Committed => Ok(Verdict::Committed),
+        // This is never taken back: it must rest on what is on disk, which a process that died in its commit may not have seen to.
+        journal::Verdict::Committed => match vm.durable_journal() {
+            Ok(_) => Ok(Verdict::Committed),
+            Err(AppendError::InUse) => Ok(Verdict::Moving),
+            Err(AppendError::Failed(error)) => Err(error),
+        },
         journal::Verdict::Moving => match vm.append(&Record::Aborted { move_id: id.clone() }) {
             Ok(()) => Ok(Verdict::Aborted),
             Err(AppendError::InUse) => Ok(Verdict::Moving),

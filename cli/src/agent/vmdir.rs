@@ -125,6 +125,13 @@ impl VmDir {
         Ok(Journal::replay(self.raw_records()?.iter().map(Vec::as_slice))?)
     }
 
+    /// The journal of a VM without a process, to be acted upon: what a process wrote and died before it synced is made durable first,
+    /// else a power cut could still take back what was decided from it.
+    pub fn durable_journal(&self) -> Result<Journal, AppendError> {
+        let _held = self.hold()?;
+        self.journal().map_err(AppendError::Failed)
+    }
+
     /// All records, oldest first.
     pub fn records(&self) -> Result<Vec<Record>, ApiError> {
         self.raw_records()?.iter().map(|bytes| Ok(Record::decode(bytes)?)).collect()
@@ -136,15 +143,20 @@ impl VmDir {
 
     /// Appends a record, if it is admitted; durable when this returns. Only while no VM process has the journal.
     pub fn append(&self, record: &Record) -> Result<(), AppendError> {
-        let mut file = JournalFile::open(&self.path.join(JOURNAL_FILE)).map_err(|e| match e {
-            BlockError::Locked { .. } => AppendError::InUse,
-            other => AppendError::Failed(other.into()),
-        })?;
+        let mut file = self.hold()?;
         // Read again under the lock: what stood before it may not stand any more.
         let failed = |e: ApiError| AppendError::Failed(e);
         self.journal().map_err(failed)?.admit(record).map_err(|e| failed(e.into()))?;
         let bytes = record.encode().map_err(|e| failed(e.into()))?;
         file.append(&bytes).map_err(|e| failed(e.into()))
+    }
+
+    /// Opens the journal for this agent alone; what it holds then is on disk.
+    fn hold(&self) -> Result<JournalFile, AppendError> {
+        JournalFile::open(&self.path.join(JOURNAL_FILE)).map_err(|e| match e {
+            BlockError::Locked { .. } => AppendError::InUse,
+            other => AppendError::Failed(other.into()),
+        })
     }
 
     /// The saved progress of a move, if it is there and readable.
