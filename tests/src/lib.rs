@@ -14,6 +14,7 @@
 //! | [`images`] | what `qemu-img` and the file system say of images |
 //! | [`model`] | the ownership rule in a world so small that every state of it is visited |
 //! | [`decoders`], [`seeds`] | every decoder of bytes from outside, and valid bytes for each |
+//! | [`sim`] | the simulator: the engine, journal and failure table in a world that fails |
 //! | [`wait`], [`kvm`] | waiting for events; what this machine lacks |
 //!
 //! Never enters: short cuts into the product. What a test changes or asks goes through the command line, the sockets or the files
@@ -33,5 +34,6 @@ pub mod processes;
 pub mod relay;
 pub mod runners;
 pub mod seeds;
+pub mod sim;
 pub mod stops;
 pub mod wait;

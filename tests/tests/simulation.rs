@@ -1,0 +1,92 @@
+//! The simulator over fresh seeds and all that were kept; rules broken on purpose are noticed.
+
+use std::{
+    fs,
+    path::Path,
+    time::{SystemTime, UNIX_EPOCH},
+};
+
+use serde::Deserialize;
+use vmove_tests::sim::{
+    Run, campaign::campaign, faults::Fault, minimise::minimise, mutations::Mutation, run,
+};
+
+/// Fresh seeds a run.
+const FRESH: u64 = 2_000;
+/// Seeds within which a broken rule must be noticed.
+const WITHIN: u64 = 4_000;
+
+/// A seed that once broke a promise.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Kept {
+    /// What it found.
+    found: String,
+    seed: u64,
+    /// The faults it takes; those that the seed plans, if there are none here.
+    faults: Option<Vec<Fault>>,
+}
+
+#[test]
+fn fresh_seeds_break_no_promise() {
+    let first = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs() * FRESH;
+    println!("seeds {first} to {}", first + FRESH - 1);
+    let tally = campaign(first, FRESH, None, 3);
+    let failed: Vec<String> = tally
+        .violations
+        .iter()
+        .map(|(seed, violation)| {
+            let faults = minimise(*seed, &Run::default()).map(|(faults, _)| faults);
+            format!(
+                "simulate --seed {seed}: {} is broken: {} (faults {faults:?})",
+                violation.checker, violation.what
+            )
+        })
+        .collect();
+    assert!(failed.is_empty(), "{}", failed.join("\n"));
+    assert!(
+        tally.committed > FRESH && tally.faults.len() > 15,
+        "the worlds are too quiet: {:?}",
+        tally.faults
+    );
+}
+
+#[test]
+fn kept_seeds_break_no_promise() {
+    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../fixtures/seeds");
+    let mut kept = 0;
+    for entry in fs::read_dir(&dir).unwrap().map(Result::unwrap) {
+        if entry.path().extension().is_none_or(|extension| extension != "toml") {
+            continue;
+        }
+        let Kept { found, seed, faults } =
+            toml::from_str(&fs::read_to_string(entry.path()).unwrap()).unwrap();
+        let outcome = run(seed, Run { faults, ..Run::default() });
+        assert_eq!(outcome.violation, None, "{} is back: {found}", entry.path().display());
+        kept += 1;
+    }
+    assert!(kept > 0);
+}
+
+#[test]
+fn a_seed_gives_the_same_world_each_time() {
+    for seed in 0..20 {
+        let traced = || run(seed, Run { traced: true, ..Run::default() });
+        let (one, other) = (traced(), traced());
+        assert_eq!((one.trace, one.happened), (other.trace, other.happened), "seed {seed}");
+    }
+}
+
+/// Tests of the tests: each rule, broken on purpose, is seen to be broken.
+#[test]
+fn broken_rules_are_noticed() {
+    let mut unnoticed = Vec::new();
+    for mutation in Mutation::ALL {
+        let tally = campaign(1, WITHIN, Some(mutation), 1);
+        match tally.violations.first() {
+            Some((seed, violation)) => println!("{mutation:?}: seed {seed}: {}", violation.checker),
+            None => unnoticed.push(mutation),
+        }
+    }
+    assert!(unnoticed.is_empty(), "nobody notices {unnoticed:?}");
+}
