@@ -60,7 +60,7 @@ fn the_journal_alone_stops_a_process_that_minds_no_phase() {
 fn each_rule_broken_alone_is_caught() {
     let rule = Rule::default();
     let lost: &[&'static str] = &[NOTHING_LOST];
-    // The source keeps its images, and nobody may start them.
+    // The images are there, and nobody may start them.
     let stuck: &[&'static str] = &[HEALS];
     let twice: &[&'static str] = &[ONE_RUNNER, ONE_OWNER];
     for (what, rule, expected) in [
@@ -70,7 +70,7 @@ fn each_rule_broken_alone_is_caught() {
         ("owned without the source's word", Rule { owns_unasked: true, ..rule }, twice),
         ("discarded without the source's word", Rule { discards_unasked: true, ..rule }, stuck),
         ("resumed after the commit", Rule { resumes_after_commit: true, ..rule }, twice),
-        ("removed before the target runs", Rule { releases_unconfirmed: true, ..rule }, lost),
+        ("removed before the target runs", Rule { releases_unconfirmed: true, ..rule }, stuck),
         ("the journal has no order", Rule { careless: true, forgets_order: true, ..rule }, twice),
     ] {
         is_caught(what, Ownership::new(SMALL, rule), expected);

@@ -157,7 +157,7 @@ impl Ownership {
                 Record::Lost { move_id: id(asked), host: String::new(), generation }
             }
             (Settlement::Discard, _) => {
-                forget(world, host);
+                forget(world, host, !self.rule.releases_unconfirmed);
                 return true;
             }
             // Starting is a step of its own; the rest waits.
@@ -220,15 +220,15 @@ impl Ownership {
     }
 }
 
-/// Nothing of the VM is left on a host, its journal included; reports of moves that ended here are.
-fn forget(world: &mut World, host: HostId) {
+/// Nothing of the VM is left on a host, its journal included; reports of moves that ended here are kept.
+fn forget(world: &mut World, host: HostId, keep_reports: bool) {
     for at in 0..world.moves.len() {
         let reported = match world.host(host).journal.verdict(&id(at as Move)) {
             Verdict::Committed => Some(Word::Committed),
             Verdict::Aborted => Some(Word::Aborted),
             Verdict::Moving | Verdict::Unknown => None,
         };
-        if world.moves[at].from == host && reported.is_some() {
+        if keep_reports && world.moves[at].from == host && reported.is_some() {
             world.moves[at].reported = reported;
         }
     }

@@ -69,7 +69,7 @@ pub struct Rule {
     pub discards_unasked: bool,
     /// A source that loses the target after the commit lets its guest go on.
     pub resumes_after_commit: bool,
-    /// A source that loses the target after the commit removes everything.
+    /// A source that loses the target after the commit removes everything, reports too.
     pub releases_unconfirmed: bool,
     /// The process minds its own phase no longer: it commits and aborts whenever it is told to, so only the journal stands between.
     pub careless: bool,

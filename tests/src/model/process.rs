@@ -327,6 +327,8 @@ fn become_(world: &mut World, host: HostId, process: Process) -> bool {
 /// What a process does next without any fault, when nothing is on its way to it.
 pub(super) fn goes_on(world: &World, host: HostId) -> Step {
     match world.host(host).process {
+        // The target has refused.
+        Some(Process::Ordered(index)) if !world.ordered(index).accepted => Step::LinkLost(host),
         // The other side is not there, or it would have spoken.
         Some(Process::Preparing(_) | Process::Committed(_) | Process::Arriving(_) | Process::Prepared(_)) => {
             Step::LinkLost(host)
