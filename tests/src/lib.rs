@@ -4,6 +4,8 @@
 //! |---|---|
 //! | [`cluster`] | hosts on this machine: `init`, `join`, agents, and the end of all they started |
 //! | [`guest`] | VMs of the fixture guest: made, moved, and where they run |
+//! | [`linux`] | the Linux guest: built, made, booted, its file system afterwards |
+//! | [`clients`] | users of a guest: ping, SSH, echoed streams, downloads |
 //! | [`console`] | what the guest says, parsed, waited for |
 //! | [`stops`] | holding a move between two of its steps |
 //! | [`relay`] | standing between the two sides of a move: cutting, holding, damaging its connections |
@@ -21,12 +23,14 @@
 //! a user has too.
 #![forbid(unsafe_code)]
 
+pub mod clients;
 pub mod cluster;
 pub mod console;
 pub mod decoders;
 pub mod guest;
 pub mod images;
 pub mod kvm;
+pub mod linux;
 pub mod model;
 pub mod netns;
 pub mod peer;

@@ -1,13 +1,7 @@
 //! A guest on the network of two hosts: its clients notice nothing of moves, and what a host lacks is said before anything moves.
 
-use std::io::{BufRead, BufReader};
-use std::process::{Child, Command, Stdio};
-use std::sync::{Arc, Mutex};
-use std::thread;
-
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
 use vmove::api::types::VmState;
+use vmove_tests::clients::Ping;
 use vmove_tests::cluster::Cluster;
 use vmove_tests::guest::{Spec, VM};
 use vmove_tests::kvm;
@@ -20,54 +14,6 @@ const IP: &str = "10.77.0.100";
 const MAC: &str = "52:54:00:00:00:64";
 /// Between two requests of `ping`, ms.
 const INTERVAL_MS: f64 = 200.0;
-
-/// A `ping -i 0.2` that runs.
-struct Ping {
-    process: Child,
-    /// Numbers of the requests that were answered.
-    answered: Arc<Mutex<Vec<u64>>>,
-}
-
-impl Ping {
-    fn start(from: &Namespace) -> Self {
-        let mut command: Command = from.command("ping");
-        command.args(["-n", "-i", "0.2", IP]).stdin(Stdio::null()).stdout(Stdio::piped());
-        let mut process = command.spawn().unwrap();
-        let (output, answered) = (process.stdout.take().unwrap(), Arc::<Mutex<Vec<u64>>>::default());
-        let seen = Arc::clone(&answered);
-        thread::spawn(move || {
-            for line in BufReader::new(output).lines().map_while(Result::ok) {
-                // "64 bytes from 10.77.0.100: icmp_seq=7 ttl=64 time=2.1 ms"; an error names a number, too.
-                let number = line.split("icmp_seq=").nth(1).and_then(|rest| rest.split(' ').next());
-                if let Some(number) = number.filter(|_| line.contains("bytes from")) {
-                    assert!(!line.contains("DUP"), "{line}");
-                    seen.lock().unwrap().push(number.parse().unwrap());
-                }
-            }
-        });
-        Self { process, answered }
-    }
-
-    /// Waits until some more requests were answered.
-    fn goes_on(&self) {
-        let before = self.answered.lock().unwrap().len();
-        until("more answers to ping", || (self.answered.lock().unwrap().len() >= before + 5).then_some(()));
-    }
-
-    /// Requests before the last answer that were not answered themselves.
-    fn lost(&self) -> usize {
-        let answered = self.answered.lock().unwrap();
-        answered.iter().max().map_or(0, |last| *last as usize) - answered.len()
-    }
-}
-
-impl Drop for Ping {
-    fn drop(&mut self) {
-        // It may have ended already.
-        let _ = kill(Pid::from_raw(self.process.id() as i32), Signal::SIGKILL);
-        let _ = self.process.wait();
-    }
-}
 
 fn on_the_network() -> Spec {
     let spec = Spec::default();
@@ -93,7 +39,7 @@ fn ping_goes_on_through_moves_there_and_back_and_the_end_of_the_host_it_left() {
     cluster.vmove("a", &["start", VM]).ok();
     cluster.console("a").heartbeat_after(2);
     assert_eq!(taps(lan.host(0)), ["vm-vm-0"]);
-    let ping = Ping::start(lan.switch());
+    let ping = Ping::start(lan.switch(), IP);
     ping.goes_on();
     let mut lost = ping.lost();
 
