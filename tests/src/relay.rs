@@ -36,8 +36,8 @@ struct State {
     mode: Mode,
     /// Connections of an older generation are reset.
     generation: u64,
-    /// Connections that are being served.
-    open: usize,
+    /// Generations of the connections that are being served.
+    open: Vec<u64>,
     /// Connections that ever reached the other side.
     served: u64,
     /// Bytes towards targets.
@@ -63,7 +63,7 @@ impl Relay {
         let state = Arc::new(Mutex::new(State {
             mode: Mode::Pass,
             generation: 0,
-            open: 0,
+            open: Vec::new(),
             served: 0,
             passed: 0,
             flips: Vec::new(),
@@ -75,11 +75,19 @@ impl Relay {
                 match listener.accept() {
                     Ok((near, _)) => {
                         let shared = Arc::clone(&shared);
-                        lock(&shared).open += 1;
+                        let generation = {
+                            let mut state = lock(&shared);
+                            let generation = state.generation;
+                            state.open.push(generation);
+                            generation
+                        };
                         thread::spawn(move || {
                             // A connection that fails is one that ends.
-                            let _ = serve(near, &shared);
-                            lock(&shared).open -= 1;
+                            let _ = serve(near, &shared, generation);
+                            let open = &mut lock(&shared).open;
+                            if let Some(at) = open.iter().position(|one| *one == generation) {
+                                open.swap_remove(at);
+                            }
                         });
                     }
                     Err(_) => thread::sleep(GLANCE),
@@ -94,10 +102,16 @@ impl Relay {
         ("VMOVE_DETOUR", self.address.to_string())
     }
 
-    /// Resets all connections there are; waits until they are gone. New ones are served.
+    /// Resets all connections there are; waits until they are gone. New ones are served: they may be there before this returns.
     pub fn cut(&self) {
-        lock(&self.state).generation += 1;
-        until("the connections through the relay being gone", || (lock(&self.state).open == 0).then_some(()));
+        let newer = {
+            let mut state = lock(&self.state);
+            state.generation += 1;
+            state.generation
+        };
+        until("the connections through the relay being gone", || {
+            lock(&self.state).open.iter().all(|generation| *generation >= newer).then_some(())
+        });
     }
 
     /// Resets all connections there are and every new one, until [`Relay::heal`].
@@ -155,8 +169,7 @@ fn broken() -> io::Error {
 }
 
 /// One connection, until it ends.
-fn serve(near: TcpStream, state: &Mutex<State>) -> io::Result<()> {
-    let generation = lock(state).generation;
+fn serve(near: TcpStream, state: &Mutex<State>, generation: u64) -> io::Result<()> {
     let gate = Gate { state, generation };
     tune(&near)?;
     let mut line = Vec::new();
@@ -333,9 +346,15 @@ mod tests {
         stream.read_exact(&mut late).unwrap();
         assert_eq!(late, [8]);
 
-        relay.cut();
-        assert!(answer(&mut stream, 1).is_err());
-        let mut again = call(&relay, to);
+        // Whoever calls again at once is not waited for.
+        let mut again = thread::scope(|scope| {
+            let cut = scope.spawn(|| relay.cut());
+            while answer(&mut stream, 1).is_ok() {}
+            let mut again = call(&relay, to);
+            assert_eq!(answer(&mut again, 9).unwrap(), 10);
+            cut.join().unwrap();
+            again
+        });
         assert_eq!(answer(&mut again, 3).unwrap(), 4);
 
         relay.refuse();
