@@ -14,7 +14,8 @@ use kvm_bindings::{
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler, unblock_signal};
 
-use super::{Bus, Error, ExitListener, ExitReason, VcpuState, Vm, emulation};
+use super::emulation::{self, Assist};
+use super::{Bus, Error, ExitListener, ExitReason, VcpuState, Vm};
 
 /// Where a vCPU is in its life.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -358,11 +359,11 @@ impl Worker {
                 bytes.extend_from_slice(&instruction.insn_bytes[..size]);
             }
         }
-        match emulation::assist(&self.fd, &bytes) {
-            Ok(true) => Entry::Handled,
-            Ok(false) => {
+        match emulation::assist(&self.fd, &self.vm, &bytes) {
+            Ok(Assist::Done) => Entry::Handled,
+            Ok(Assist::Refused(what)) => {
                 let rip = self.rip();
-                self.ended(format!("KVM cannot emulate the instruction {bytes:02x?} ({rip})"))
+                self.ended(format!("KVM cannot emulate the instruction {what} ({rip})"))
             }
             Err(error) => self.ended(format!("cannot change registers after an emulation failure: {error}")),
         }
