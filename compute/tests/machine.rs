@@ -9,10 +9,10 @@ use std::time::{Duration, Instant};
 use support::{Console, LOAD, bzimage, copy_of, elf, kvm_usable, print_and_power_off};
 use tempfile::NamedTempFile;
 use vm_memory::{Bytes, GuestAddress};
-use vmove_compute::kvm::{ExitReason, host_features, missing_features};
+use vmove_compute::kvm::{ExitReason, VmState, host_features, missing_features};
 use vmove_compute::machine::{Error, Machine, MachineConfig};
 use vmove_compute::memory::GuestRam;
-use vmove_devices::state::Section;
+use vmove_devices::state::{Section, Sections};
 
 const RAM: u64 = 16 << 20;
 
@@ -298,11 +298,39 @@ fn an_initial_ram_disk_lies_where_the_kernel_is_told() {
         machine.ram().memory().read_slice(&mut bytes, GuestAddress(u64::from(read(address_at)))).unwrap();
         assert_eq!(bytes, b"the initial RAM disk");
     }
-    let huge = file(&vec![1; RAM as usize]);
+    // One that is larger than RAM, and one that would lie where the kernel unpacks itself, from 2 to 3 MiB.
+    for (image, bytes) in [(elf(&COUNTER, true), RAM), (bzimage(&COUNTER), RAM - (5 << 19))] {
+        let huge = file(&vec![1; bytes as usize]);
+        let kernel = file(&image);
+        let config = MachineConfig { initrd: Some(huge.path().to_owned()), ..config(kernel.path(), 1) };
+        let error = Machine::boot(config, Console::new().sink()).map(|_| ()).unwrap_err().to_string();
+        assert!(error.contains(&huge.path().display().to_string()), "{error}");
+    }
+}
+
+#[test]
+fn the_guests_clock_goes_on_while_it_is_between_machines() {
+    if !kvm_usable("clock") {
+        return;
+    }
     let kernel = file(&elf(&COUNTER, true));
-    let config = MachineConfig { initrd: Some(huge.path().to_owned()), ..config(kernel.path(), 1) };
-    let error = Machine::boot(config, Console::new().sink()).map(|_| ()).unwrap_err().to_string();
-    assert!(error.contains(&huge.path().display().to_string()), "{error}");
+    let config = config(kernel.path(), 1);
+    let machine = Machine::boot(config.clone(), Console::new().sink()).unwrap();
+    machine.resume().unwrap();
+    counts_on(&machine, 0);
+    machine.pause().unwrap();
+    let sections = machine.save_state().unwrap();
+    let ram = copy_of(machine.ram());
+    drop(machine);
+    std::thread::sleep(Duration::from_secs(2));
+    let machine = Machine::restore(config, ram, sections.clone(), Console::new().sink()).unwrap();
+    let state = |sections| VmState::decode(&mut Sections::new(sections).unwrap()).unwrap();
+    let (before, after) = (state(sections), state(machine.save_state().unwrap()));
+    let passed = after.realtime_ns - before.realtime_ns;
+    assert!(passed >= 2_000_000_000);
+    // Both hosts' clocks and the guest's agree on how much that was; the slack is for a test that is not scheduled.
+    let off = (after.clock_ns - before.clock_ns).abs_diff(passed);
+    assert!(off < 1_000_000_000, "the guest's clock is {off} ns off");
 }
 
 #[test]

@@ -129,8 +129,16 @@ fn bzimage_kind(loaded: &KernelLoaderResult) -> Result<(Kind, u64), String> {
     if version < 0x020c || flags & XLF_KERNEL_64 == 0 {
         return Err("it has no 64-bit entry point (boot protocol 2.12 or later is needed)".to_owned());
     }
-    // The kernel unpacks itself in place and needs init_size bytes for it.
-    let end = loaded.kernel_end.max(loaded.kernel_load.0.saturating_add(u64::from(init_size)));
+    // Where the kernel unpacks itself to (boot.rst, "init_size"): one that can be anywhere goes no lower than it likes to be.
+    let (relocatable, alignment, preferred) =
+        (header.relocatable_kernel, header.kernel_alignment, header.pref_address);
+    let start = if relocatable == 0 {
+        preferred
+    } else {
+        let lowest = loaded.kernel_load.0.max(preferred);
+        lowest.checked_next_multiple_of(u64::from(alignment).max(1)).ok_or("its alignment makes no sense")?
+    };
+    let end = loaded.kernel_end.max(start.saturating_add(u64::from(init_size)));
     Ok((Kind::Linux64 { rip: loaded.kernel_load.0 + BZIMAGE_ENTRY_64, header: Some(Box::new(header)) }, end))
 }
 

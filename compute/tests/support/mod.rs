@@ -65,7 +65,8 @@ pub fn elf(code: &[u8], pvh: bool) -> Vec<u8> {
     file
 }
 
-/// A bzImage whose 64-bit entry, 0x200 behind [`LOAD`], is `code`. Fields: Linux, Documentation/arch/x86/boot.rst.
+/// A bzImage whose 64-bit entry, 0x200 behind [`LOAD`], is `code`; it unpacks itself at 2 MiB and needs 1 MiB there.
+/// Fields: Linux, Documentation/arch/x86/boot.rst.
 pub fn bzimage(code: &[u8]) -> Vec<u8> {
     let mut file = vec![0; 1024];
     file[0x1f1] = 1; // setup sectors
@@ -75,7 +76,10 @@ pub fn bzimage(code: &[u8]) -> Vec<u8> {
     file[0x211] = 1; // loaded high
     file[0x214..0x218].copy_from_slice(&LOAD.to_le_bytes());
     file[0x22c..0x230].copy_from_slice(&0x7fff_ffff_u32.to_le_bytes()); // highest address of an initial RAM disk
+    file[0x230..0x234].copy_from_slice(&0x1_0000_u32.to_le_bytes()); // alignment
+    file[0x234] = 1; // can be anywhere
     file[0x236] = 1; // has a 64-bit entry
+    file[0x258..0x260].copy_from_slice(&0x20_0000_u64.to_le_bytes()); // where it likes to be
     file[0x260..0x264].copy_from_slice(&0x10_0000_u32.to_le_bytes()); // memory needed
     file.extend([0; 0x200]);
     file.extend(code);
