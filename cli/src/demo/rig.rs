@@ -358,6 +358,10 @@ mod tests {
         fs::write(&file, "")?;
         let mut process =
             std::process::Command::new(&program).arg("-f").arg(&file).stdout(Stdio::null()).spawn()?;
+        // A process is its program a moment before its words can be read.
+        while fs::read(format!("/proc/{}/cmdline", process.id()))?.is_empty() {
+            std::thread::yield_now();
+        }
         let found = [
             own_processes(&program, ours.path()),
             own_processes(&program, other.path()),
