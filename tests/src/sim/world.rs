@@ -378,6 +378,7 @@ impl World {
             Happening::LetterLost { host, id } => self.letter_lost(host, id),
             Happening::Agent { host, epoch, task } => self.agent_task(host, epoch, task),
             Happening::Fault(index) => self.strike(index),
+            Happening::PowerCut(host) if self.healed => self.note(|| format!("host {host} keeps its power")),
             Happening::PowerCut(host) => self.power_cut(host, Some(3_000_000)),
             Happening::Back(host) => self.host_back(host),
             Happening::User => self.user_acts(),
