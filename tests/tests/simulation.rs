@@ -8,13 +8,19 @@ use std::{
 
 use serde::Deserialize;
 use vmove_tests::sim::{
-    Run, campaign::campaign, faults::Fault, minimise::minimise, mutations::Mutation, run,
+    Run,
+    campaign::campaign,
+    faults::{Fault, Place, When},
+    minimise::minimise,
+    mutations::Mutation,
+    run,
 };
 
 /// Fresh seeds a run.
 const FRESH: u64 = 2_000;
-/// Seeds within which a broken rule must be noticed.
-const WITHIN: u64 = 4_000;
+/// Seeds, and actions to strike before, within which a broken rule must be noticed.
+const SEEDS: u64 = 60;
+const ACTIONS: u32 = 45;
 
 /// A seed that once broke a promise.
 #[derive(Deserialize)]
@@ -82,9 +88,22 @@ fn a_seed_gives_the_same_world_each_time() {
 fn broken_rules_are_noticed() {
     let mut unnoticed = Vec::new();
     for mutation in Mutation::ALL {
-        let tally = campaign(1, WITHIN, Some(mutation), 1);
-        match tally.violations.first() {
-            Some((seed, violation)) => println!("{mutation:?}: seed {seed}: {}", violation.checker),
+        let (kind, side) = mutation.provoked_by();
+        let worlds = (1..=SEEDS).flat_map(|seed| (0..ACTIONS).map(move |action| (seed, action)));
+        let noticed = worlds.into_iter().find_map(|(seed, action)| {
+            let fault = |place| Fault { kind, when: When::Before(side, action), place, size: seed * 977 };
+            let broken = |mutation| {
+                let faults = Some(vec![fault(Place::Acting)]);
+                run(seed, Run { faults, mutation, ..Run::default() }).violation
+            };
+            let violation = broken(Some(mutation))?;
+            assert_eq!(broken(None), None, "seed {seed} breaks a promise without {mutation:?}");
+            Some((seed, action, violation))
+        });
+        match noticed {
+            Some((seed, action, violation)) => {
+                println!("{mutation:?}: seed {seed}, {kind:?} before action {action}: {}", violation.checker);
+            }
             None => unnoticed.push(mutation),
         }
     }

@@ -53,7 +53,7 @@ const SECOND: u64 = 1_000_000;
 /// How long the moves with faults may take.
 const STORM: u64 = 300 * SECOND;
 /// How long a mended world may take to come to rest: sockets, patience and questions all have their limits.
-const REST: u64 = 150 * SECOND;
+const REST: u64 = 400 * SECOND;
 /// How long a move may take with nothing in its way.
 const RETRY: u64 = 60 * SECOND;
 

@@ -298,9 +298,6 @@ impl World {
             Verdict::Committed if self.agent_reads(here).is_some() => Verdict::Committed,
             Verdict::Committed => Verdict::Moving,
             Verdict::Moving => {
-                if self.mutation == Some(Mutation::AnswerBeforeAborting) {
-                    return Verdict::Aborted;
-                }
                 if self.agent_appends(here, &Record::Aborted { move_id: id.clone() }) {
                     self.agent_later(here, 1, Task::Settle { gap: super::FIRST_GAP });
                     Verdict::Aborted

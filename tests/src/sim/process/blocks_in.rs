@@ -137,7 +137,6 @@ impl World {
     fn serve_arrival(&mut self, pid: Pid, disk: usize) {
         let slowest = self.shape.disk_delay;
         loop {
-            let mutation = self.mutation;
             let delay = 1 + self.dice.disk.range(0..slowest);
             let Some(arrival) = self.arrival(pid, disk) else { return };
             let ordered = match arrival.commands.front() {
@@ -145,9 +144,7 @@ impl World {
                 Some(Command::Op(op)) => op.head.op == BlockOp::Flush,
                 Some(Command::Finish) => true,
             };
-            if arrival.flushing
-                || ordered && arrival.in_flight > 0 && mutation != Some(Mutation::FlushBeforeIdle)
-            {
+            if arrival.flushing || ordered && arrival.in_flight > 0 {
                 return;
             }
             let what = match arrival.commands.pop_front() {

@@ -13,7 +13,6 @@ use super::{
     super::{
         HostId, Pid,
         host::{Launch, Start},
-        mutations::Mutation,
         storage::{Image, JournalFault},
         world::{Happening, World},
     },
@@ -202,14 +201,10 @@ impl World {
 
     /// The source's word on a move, as its process gives it; a target that asks cannot hear it, so the move is given up.
     pub fn process_verdict(&mut self, pid: Pid, id: &MoveId) -> Verdict {
-        let hasty = self.mutation == Some(Mutation::AnswerBeforeAborting);
         let Some(process) = self.process(pid) else { return Verdict::Moving };
         let answer = process.journal.fold().verdict(id);
         if answer == Verdict::Moving {
             if process.source.is_some() {
-                if hasty {
-                    return Verdict::Aborted;
-                }
                 self.post_source(pid, source::Event::LinkLost("the target has asked how it ended".into()));
             } else if self.end_dangling(pid).is_ok() {
                 return Verdict::Aborted;

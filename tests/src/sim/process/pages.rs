@@ -19,7 +19,6 @@ use vmove_mirror::{
 use super::{
     super::{
         Pid,
-        mutations::Mutation,
         net::{ConnId, Packet},
         world::{Happening, World},
     },
@@ -229,7 +228,6 @@ impl World {
     /// A frame arrives on a page stream.
     pub fn pages_arrive(&mut self, pid: Pid, conn: ConnId, header: Header, head: &[u8], data: &[u64]) {
         let failed = |world: &mut Self, why: &str| world.post_target(pid, target::Event::Failed(why.into()));
-        let silent = self.mutation == Some(Mutation::IgnoreDamage);
         let Some(Process { target: Some(mv), .. }) = self.process(pid) else { return };
         match header.kind {
             Kind::Pages => {
@@ -251,7 +249,7 @@ impl World {
                         mv.ram[page as usize] = *found;
                         // A page of zeroes that was not zero when its checksum was taken has a checksum all the same.
                         mv.pages.sums.set(page, (*found).max(1));
-                        if found == sent || silent {
+                        if found == sent {
                             mv.pages.damaged.remove(&page);
                         } else {
                             mv.pages.damaged.insert(page);

@@ -326,15 +326,16 @@ impl World {
                 self.post_source(pid, Event::Proved(proof));
             }
             Action::DropMirrors => {
-                let Some(Process { machine: Some(machine), source: Some(mv), .. }) = self.process(pid) else {
-                    return;
-                };
-                mv.blocked = Some(Blocked::Detaching);
-                for disk in 0..machine.disks.len() {
-                    self.mirror_step(pid, disk, block::Event::TargetLost);
-                    self.close_tap(pid, disk);
-                    self.gate(pid, disk, Gate::Detach);
+                for disk in 0..self.shape.disks.len() {
+                    if self.mirror_of(pid, disk).is_some() {
+                        self.mirror_told(pid, disk, block::Event::TargetLost);
+                        self.close_tap(pid, disk);
+                        self.gate(pid, disk, Gate::Detach);
+                    }
                 }
+                let Some(mv) = self.source_move(pid) else { return };
+                mv.blocked = Some(Blocked::Detaching);
+                self.source_unblocked(pid);
             }
             Action::StopLogging => {
                 if let Some(Process { machine: Some(machine), .. }) = self.process(pid) {
