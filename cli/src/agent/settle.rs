@@ -334,14 +334,18 @@ impl Agent {
         {
             return Err(ApiError::forbidden(format!("move {move_id} does not go to host {from}")));
         }
+        let file = self.archive_dir()?.join(format!("{move_id}.json"));
         match control::ask(vm.path(), &Request::Verdict { move_id: move_id.to_owned() }).await {
+            // The VM has been away and is back since, with a journal that begins then.
+            Ok(vmove_compute::process::protocol::Reply::Verdict(Verdict::Unknown)) => {
+                return blocking(move || Ok(archived_verdict(&file))).await;
+            }
             Ok(vmove_compute::process::protocol::Reply::Verdict(verdict)) => return Ok(verdict),
             Err(ControlError::Gone(_)) => {}
             // It lives and decides itself: until it says so, nothing is decided.
             Ok(_) | Err(_) => return Ok(Verdict::Moving),
         }
-        let (dir, archive) = (vm.clone(), self.archive_dir()?);
-        let file = archive.join(format!("{move_id}.json"));
+        let dir = vm.clone();
         let verdict = blocking(move || verdict_of_dead(&dir, &id, &file)).await?;
         if verdict == Verdict::Aborted && vm.path().exists() {
             let (agent, owned) = (self.clone(), name.to_owned());
@@ -529,14 +533,18 @@ fn verdict_of_dead(vm: &VmDir, id: &MoveId, archived: &Path) -> Result<Verdict, 
             Err(AppendError::Failed(error)) => Err(error),
         },
         journal::Verdict::Aborted => Ok(Verdict::Aborted),
-        // The VM's directory has gone since: its reports were kept.
-        journal::Verdict::Unknown => Ok(match read_progress(archived) {
-            Some(MoveProgress { report: Some(report), .. }) if report.outcome == "completed" => {
-                if report.from.host == report.to.host { Verdict::Unknown } else { Verdict::Committed }
-            }
-            Some(progress) if ["aborted", "cancelled"].contains(&progress.phase.as_str()) => Verdict::Aborted,
-            _ => Verdict::Unknown,
-        }),
+        journal::Verdict::Unknown => Ok(archived_verdict(archived)),
+    }
+}
+
+/// The word on a move that the journal knows nothing of: the VM's directory has gone since, its reports were kept.
+fn archived_verdict(archived: &Path) -> Verdict {
+    match read_progress(archived) {
+        Some(MoveProgress { report: Some(report), .. }) if report.outcome == "completed" => {
+            if report.from.host == report.to.host { Verdict::Unknown } else { Verdict::Committed }
+        }
+        Some(progress) if ["aborted", "cancelled"].contains(&progress.phase.as_str()) => Verdict::Aborted,
+        _ => Verdict::Unknown,
     }
 }
 

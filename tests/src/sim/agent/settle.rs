@@ -138,6 +138,10 @@ impl World {
         if !self.agent_appends(host, &Record::Aborted { move_id: move_id.clone() }) {
             return false;
         }
+        if let Some(dir) = &mut self.hosts[host].dir {
+            // Nobody else tells how the move ended.
+            dir.reports.entry(move_id.clone()).or_insert(false);
+        }
         // What a broken-off move left unfinished in this host's datastores.
         self.hosts[host].images.retain(|path, image| {
             !matches!(image.stamp, Some((_, OwnerState::Incoming))) || disks.iter().any(|at| at.path == *path)
@@ -290,9 +294,12 @@ impl World {
         }
         if let Some(process) = &it.process {
             let pid = process.pid;
-            return self.process_verdict(pid, id);
+            return match self.process_verdict(pid, id) {
+                // The VM has been away and is back since, with a journal that begins then.
+                Verdict::Unknown => self.archived_verdict(here, id),
+                verdict => verdict,
+            };
         }
-        let archived = it.archive.get(id).copied();
         match fold.verdict(id) {
             // This is never taken back: it must rest on what is on disk.
             Verdict::Committed if self.agent_reads(here).is_some() => Verdict::Committed,
@@ -306,12 +313,16 @@ impl World {
                 }
             }
             Verdict::Aborted => Verdict::Aborted,
-            // The VM's directory has gone since: its reports were kept.
-            Verdict::Unknown => match archived {
-                Some(true) => Verdict::Committed,
-                Some(false) => Verdict::Aborted,
-                None => Verdict::Unknown,
-            },
+            Verdict::Unknown => self.archived_verdict(here, id),
+        }
+    }
+
+    /// The word on a move that the journal knows nothing of: the VM's directory has gone since, its reports were kept.
+    fn archived_verdict(&self, here: HostId, id: &MoveId) -> Verdict {
+        match self.hosts[here].archive.get(id) {
+            Some(true) => Verdict::Committed,
+            Some(false) => Verdict::Aborted,
+            None => Verdict::Unknown,
         }
     }
 

@@ -66,6 +66,16 @@ impl World {
                 matches!(dir.look().standing(), Standing::Owner { .. } | Standing::Moving { .. })
             })
         };
+        let left = |host: &&super::super::host::Host| {
+            host.dir.as_ref().is_some_and(|dir| matches!(dir.look().standing(), Standing::Committed { .. }))
+        };
+        // It may have gone on from where it went.
+        if let (Some(here), Some(there)) = (
+            self.hosts.iter().filter(|host| !host.gone).find(left),
+            self.hosts.iter().filter(|host| host.gone).find(owner),
+        ) {
+            return Some(format!("host {} has let the VM go, host {} has it and is gone", here.id, there.id));
+        }
         let alive = self.hosts.iter().filter(|host| !host.gone).any(|host| host.dir.is_some());
         let owner = self.hosts.iter().filter(|host| host.gone).find(owner)?;
         (!alive).then(|| format!("host {} has the VM and is gone", owner.id))
