@@ -6,7 +6,7 @@
 use std::io::{Read, Write};
 use std::process::{Child, ChildStdin, Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -28,11 +28,30 @@ fn talker(lines: u64) -> Spec {
     Spec { words: format!("{} vmove.talk={lines}", spec.words), ..spec }
 }
 
+/// What a client has printed: whole lines, and the beginning of the next.
+#[derive(Default)]
+struct Output {
+    lines: Vec<String>,
+    partial: Vec<u8>,
+}
+
+impl Output {
+    fn take_in(&mut self, bytes: &[u8]) {
+        for part in bytes.split_inclusive(|byte| *byte == b'\n') {
+            self.partial.extend_from_slice(part);
+            if part.ends_with(b"\n") {
+                self.lines.push(String::from_utf8_lossy(&self.partial).trim_end().to_owned());
+                self.partial.clear();
+            }
+        }
+    }
+}
+
 /// A running `vmove console`.
 struct Client {
     process: Child,
     keys: Option<ChildStdin>,
-    output: Arc<(Mutex<Vec<u8>>, Condvar)>,
+    output: Arc<(Mutex<Output>, Condvar)>,
     notes: Arc<Mutex<String>>,
     typed: u64,
 }
@@ -73,7 +92,7 @@ impl Client {
         thread::spawn(move || {
             let mut buffer = [0; 16 << 10];
             while let Ok(n @ 1..) = from.read(&mut buffer) {
-                output.0.lock().unwrap().extend_from_slice(&buffer[..n]);
+                output.0.lock().unwrap().take_in(&buffer[..n]);
                 output.1.notify_all();
             }
         });
@@ -86,36 +105,33 @@ impl Client {
         self.typed += count;
     }
 
-    /// All whole lines so far, once `enough` of them are there.
-    fn lines_until(&self, what: &str, enough: impl Fn(&[String]) -> bool) -> Vec<String> {
+    /// Waits until the whole lines so far are `enough`.
+    fn lines_until<T>(&self, what: &str, enough: impl Fn(&[String]) -> Option<T>) -> T {
         let end = Instant::now() + LIMIT;
-        let mut output = self.output.0.lock().unwrap();
+        let mut output = self.output.0.lock().unwrap_or_else(PoisonError::into_inner);
         loop {
-            let lines = whole_lines(&output);
-            if enough(&lines) {
-                return lines;
+            if let Some(found) = enough(&output.lines) {
+                return found;
             }
             let left = end.saturating_duration_since(Instant::now());
             assert!(
                 !left.is_zero(),
                 "no {what}; last: {:?}; said: {}",
-                &lines[lines.len().saturating_sub(5)..],
-                self.notes.lock().unwrap()
+                &output.lines[output.lines.len().saturating_sub(5)..],
+                self.notes()
             );
-            // In between nothing may come for long: a look now and then is enough.
-            output = self.output.1.wait_timeout(output, left.min(Duration::from_secs(1))).unwrap().0;
+            output = self.output.1.wait_timeout(output, left).unwrap_or_else(PoisonError::into_inner).0;
         }
     }
 
     /// All whole lines so far.
     fn lines(&self) -> Vec<String> {
-        whole_lines(&self.output.0.lock().unwrap())
+        self.output.0.lock().unwrap_or_else(PoisonError::into_inner).lines.clone()
     }
 
     /// The number of the newest `talk` line.
     fn last_talk(&self) -> u64 {
-        let lines = self.lines_until("talk", |lines| lines.iter().any(|line| number(line, "talk").is_some()));
-        lines.iter().rev().find_map(|line| number(line, "talk")).unwrap()
+        self.lines_until("talk", newest_talk)
     }
 
     /// Waits until the guest has said much more than it had when this was called.
@@ -126,13 +142,16 @@ impl Client {
     }
 
     fn talked(&self, to: u64) {
-        self.lines_until(&format!("talk of {to}"), |lines| {
-            lines.iter().rev().find_map(|line| number(line, "talk")).is_some_and(|n| n >= to)
-        });
+        self.lines_until(&format!("talk of {to}"), |lines| newest_talk(lines).filter(|newest| *newest >= to));
+    }
+
+    /// Waits until the guest has answered so many keys.
+    fn answered(&self, count: usize) {
+        self.lines_until("answer to the keys", |lines| (keys_of(lines).len() >= count).then_some(()));
     }
 
     fn notes(&self) -> String {
-        self.notes.lock().unwrap().clone()
+        self.notes.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     fn assert_nothing_missed(&self) {
@@ -149,13 +168,12 @@ impl Drop for Client {
     }
 }
 
-fn key(number: u64) -> u8 {
-    KEYS[(number % KEYS.len() as u64) as usize]
+fn newest_talk(lines: &[String]) -> Option<u64> {
+    lines.iter().rev().find_map(|line| number(line, "talk"))
 }
 
-fn whole_lines(output: &[u8]) -> Vec<String> {
-    let whole = &output[..output.iter().rposition(|byte| *byte == b'\n').map_or(0, |end| end + 1)];
-    String::from_utf8_lossy(whole).lines().map(str::to_owned).collect()
+fn key(number: u64) -> u8 {
+    KEYS[(number % KEYS.len() as u64) as usize]
 }
 
 /// `n` of a line of this kind.
@@ -217,7 +235,7 @@ fn nothing_is_lost_or_doubled_while_the_vm_moves_there_and_back() {
     }
     let typed: Vec<u8> = (0..near.typed).map(key).collect();
     println!("{} keys typed, {} lines", typed.len(), near.last_talk());
-    near.lines_until("answer to all keys", |lines| keys_of(lines).len() >= typed.len());
+    near.answered(typed.len());
     let last = near.goes_on();
     far.talked(last);
     for client in [&near, &far] {
@@ -253,7 +271,7 @@ fn keys_typed_in_the_pause_reach_the_guest_once_whether_it_stays_or_goes() {
         }
         cluster.stops.release(point);
         cluster.until_state(if goes { "b" } else { "a" }, VmState::Running);
-        client.lines_until("answer to the keys", |lines| keys_of(lines).len() >= typed);
+        client.answered(typed);
         client.goes_on();
         cluster.stops.hold(point);
     }
@@ -289,7 +307,7 @@ fn the_agent_of_the_old_host_dies_in_the_middle() {
     let seen = far.goes_on();
     cluster.restart_agent("a");
     near.talked(seen + 200);
-    near.lines_until("answer to keys", |lines| keys_of(lines).len() == 5);
+    near.answered(5);
     for client in [&near, &far] {
         assert_contiguous(&client.lines());
     }
@@ -306,7 +324,9 @@ fn a_watcher_that_does_not_read_is_told_what_it_missed() {
     let mut slow = Client::attach_unread(&cluster, "a");
     let quick = Client::attach(&cluster, "a");
     // More than the console keeps and all buffers on the way hold.
-    quick.talked(quick.last_talk() + 150_000);
+    for _ in 0..10 {
+        quick.talked(quick.last_talk() + 10_000);
+    }
     slow.read();
     until("word of what was missed", || slow.notes().contains("bytes of output were missed").then_some(()));
     slow.talked(quick.last_talk());
