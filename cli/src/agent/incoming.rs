@@ -24,6 +24,7 @@ use super::error::{ApiError, blocking};
 use super::plan::{self, There};
 use super::registry::Reservation;
 use super::vmdir::VmDir;
+use super::vms::VmView;
 use super::{Agent, hostinfo, images, moves, process, vms};
 use crate::api::types::{DiskPlacement, FileDigest, Listening, Offer, OfferAccepted};
 
@@ -114,8 +115,8 @@ impl Agent {
         if self.arrivals().accepted.contains_key(&offer.move_id) {
             return Err(offered_twice(&offer.move_id));
         }
-        let reservation = self.reserve_arrival(&name, &vm).await?;
-        let taken = match (&reservation, self.view(&name).await?) {
+        let (reservation, view) = self.reserve_arrival(&name, &vm).await?;
+        let taken = match (&reservation, view) {
             (_, Some(view)) => Some(vms::word(view.state)),
             (Err(_), None) => Some(self.registry.busy(&name).unwrap_or("busy")),
             (Ok(_), None) => vm.path().exists().then_some("what is left of it is being cleaned up"),
@@ -182,19 +183,25 @@ impl Agent {
         self: &Arc<Self>,
         name: &str,
         vm: &VmDir,
-    ) -> Result<Result<Reservation, ApiError>, ApiError> {
+    ) -> Result<(Result<Reservation, ApiError>, Option<VmView>), ApiError> {
         let end = tokio::time::Instant::now() + REMAINS_DEADLINE;
         loop {
+            let late = tokio::time::Instant::now() >= end;
             let going = match self.view(name).await? {
                 Some(view) => is_leaving(vm, view.status).await,
                 None => vm.path().exists() && !self.is_arriving(name),
             };
-            if !going || tokio::time::Instant::now() >= end {
+            if !going || late {
                 let reservation = self.reserve_soon(name, "arriving from another host").await;
                 // Its process may have ended, and its directory be left, only since that look.
-                let left = reservation.is_ok() && vm.path().exists() && self.view(name).await?.is_none();
-                if !left || tokio::time::Instant::now() >= end {
-                    return Ok(reservation);
+                let view = self.view(name).await?;
+                let left = reservation.is_ok()
+                    && match &view {
+                        Some(view) => is_leaving(vm, view.status.clone()).await,
+                        None => vm.path().exists(),
+                    };
+                if !left || late {
+                    return Ok((reservation, view));
                 }
             }
             tokio::time::sleep(REMAINS_INTERVAL).await;
@@ -404,10 +411,16 @@ impl Agent {
 async fn is_leaving(vm: &VmDir, status: Option<ProcessStatus>) -> bool {
     match status {
         Some(status) if status.state == RunState::Leaving => true,
-        Some(ProcessStatus { moving: Some(_), .. }) => matches!(
-            control::ask(vm.path(), &Request::MoveStatus).await,
-            Ok(Reply::MoveStatus(Some(progress))) if ["committed", "completed"].contains(&progress.phase.as_str())
-        ),
+        Some(ProcessStatus { moving: Some(_), .. }) => {
+            match control::ask(vm.path(), &Request::MoveStatus).await {
+                Ok(Reply::MoveStatus(Some(progress))) => {
+                    ["committed", "completed"].contains(&progress.phase.as_str())
+                }
+                Ok(_) => false,
+                // It was there a moment ago: it ends.
+                Err(_) => true,
+            }
+        }
         _ => false,
     }
 }

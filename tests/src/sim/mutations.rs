@@ -11,8 +11,6 @@ use super::faults::{Kind, Side};
 pub enum Mutation {
     /// The source goes on to its commit without the record on disk.
     CommitUnjournalled,
-    /// An agent acts on the journal of a dead process as it reads, synced or not.
-    BelieveUnsynced,
     /// The source resumes when the fate of its commit record is unknown.
     ResumeWhenUnknown,
     /// The target takes a lost connection for the source's commit.
@@ -29,9 +27,8 @@ pub enum Mutation {
 
 impl Mutation {
     /// All of them.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 7] = [
         Self::CommitUnjournalled,
-        Self::BelieveUnsynced,
         Self::ResumeWhenUnknown,
         Self::OwnOnLinkLost,
         Self::ForgetDirty,
@@ -44,7 +41,6 @@ impl Mutation {
     pub fn provoked_by(self) -> (Kind, Side) {
         match self {
             Self::CommitUnjournalled => (Kind::KillProcess, Side::Source),
-            Self::BelieveUnsynced => (Kind::DiesThenPowerCut, Side::Source),
             Self::ResumeWhenUnknown => (Kind::JournalBroken, Side::Source),
             Self::OwnOnLinkLost => (Kind::Reset, Side::Target),
             Self::ForgetDirty | Self::WritePastMirror => (Kind::Cut, Side::Source),

@@ -12,7 +12,7 @@ use vmove_mirror::{
 use vmove_storage::{OwnerState, journal_file};
 
 use super::{
-    super::{HostId, Pid, host::Start, mutations::Mutation, world::World},
+    super::{HostId, Pid, host::Start, world::World},
     BUSY_INTERVAL, Busy, LAST_GAP, Task, number,
     rpc::{Answer, Ask, SHORT, Then},
 };
@@ -155,9 +155,6 @@ impl World {
     /// Reads the journal of a VM without a process: what the process wrote and did not sync is made durable first, or this fails.
     fn agent_reads(&mut self, host: HostId) -> Option<Journal> {
         let dir = self.hosts[host].dir.as_ref()?;
-        if self.mutation == Some(Mutation::BelieveUnsynced) {
-            return Some(dir.look());
-        }
         let fold = VmJournal::open_at(dir.journal.clone()).map(|journal| journal.fold().clone());
         if dir.journal.struck().is_some() {
             self.agent_dies(host);
