@@ -221,7 +221,7 @@ fn copy_whole(vm: &VmDir, from: &Path, to: &Path, cap: u64) -> Result<(), ApiErr
     vm.write_file(to, &bytes)
 }
 
-/// What a crash in the middle of [`Agent::create`] left of images: stamped as unfinished, at generation 1.
+/// What a crash in the middle of [`Agent::create`], or of a restore of a VM that was nowhere, left of images: stamped as unfinished.
 pub(super) fn is_unfinished(stamp: &Stamp, vm: &str) -> bool {
-    stamp.vm == vm && stamp.generation == 1 && stamp.state == OwnerState::Incoming
+    stamp.vm == vm && stamp.state == OwnerState::Incoming
 }

@@ -16,7 +16,9 @@ use utoipa_axum::routes;
 
 use super::error::ApiError;
 use super::listener::{Caller, TlsListener, listen_unix};
-use super::{Agent, AgentError, forward, routes_host, routes_peer, routes_recovery, routes_vm};
+use super::{
+    Agent, AgentError, forward, routes_checkpoint, routes_host, routes_peer, routes_recovery, routes_vm,
+};
 
 /// The document's head.
 #[derive(OpenApi)]
@@ -30,6 +32,7 @@ use super::{Agent, AgentError, forward, routes_host, routes_peer, routes_recover
         (name = "host", description = "This host and those it knows"),
         (name = "vm", description = "VMs; a request for a VM on another host is passed to its agent"),
         (name = "move", description = "Moves"),
+        (name = "checkpoint", description = "Checkpoints of VMs"),
         (name = "peer", description = "Only for other agents of the cluster")
     )
 )]
@@ -88,7 +91,8 @@ fn build(agent: Option<Arc<Agent>>) -> (OpenApiRouter<Arc<Agent>>, Option<Arc<Ag
         .routes(routes!(routes_vm::stop))
         .routes(routes!(routes_vm::power_button))
         .routes(routes!(routes_vm::console))
-        .routes(routes!(routes_vm::move_vm));
+        .routes(routes!(routes_vm::move_vm))
+        .routes(routes!(routes_checkpoint::take));
     let mut moves = OpenApiRouter::new().routes(routes!(routes_vm::progress, routes_vm::cancel));
     if let Some(agent) = &agent {
         vms = vms.route_layer(from_fn_with_state(agent.clone(), forward::vm_elsewhere));
@@ -107,6 +111,10 @@ fn build(agent: Option<Arc<Agent>>) -> (OpenApiRouter<Arc<Agent>>, Option<Arc<Ag
         .routes(routes!(routes_recovery::discard_lost))
         .routes(routes!(routes_recovery::standing))
         .routes(routes!(routes_recovery::settle))
+        .routes(routes!(routes_checkpoint::list))
+        .routes(routes!(routes_checkpoint::remove))
+        .routes(routes!(routes_checkpoint::restore))
+        .routes(routes!(routes_checkpoint::file))
         .routes(routes!(routes_peer::offer))
         .routes(routes!(routes_peer::discard))
         .routes(routes!(routes_peer::file))

@@ -82,7 +82,7 @@ pub(super) fn arrives_by(vm: &VmDir, move_id: &str) -> bool {
 fn source_of(vm: &VmDir, move_id: &str) -> Option<String> {
     match vm.launch()?.start {
         Start::Incoming(spec) if spec.move_id == move_id => Some(spec.from_host),
-        Start::Incoming(_) | Start::Boot => None,
+        Start::Incoming(_) | Start::Boot | Start::Restore(_) => None,
     }
 }
 

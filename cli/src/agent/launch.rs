@@ -127,6 +127,12 @@ impl Agent {
             agent.prune_reports(KEPT_REPORTS)
         })
         .await?;
+        for name in self.vms_with_checkpoints()? {
+            if !self.registry.vm(&name)?.path().exists() {
+                let agent = self.clone();
+                blocking(move || agent.sweep_checkpoints(&name)).await?;
+            }
+        }
         for name in self.registry.names()? {
             let dir = self.registry.vm(&name)?.path().to_path_buf();
             let search = dir.clone();

@@ -9,12 +9,14 @@
 //! | [`process`], [`launch`], [`control`] | their processes |
 //! | [`plan`], [`moves`], [`incoming`] | moves: decided, led, received |
 //! | [`settle`], `other_end`, `recover` | what is left after a crash: settled, asked about, shown |
+//! | [`checkpoints`], [`restore`], `routes_checkpoint` | moments of a VM that are kept, and going on from one |
 //!
 //! The agent may end at any time without harm: VM processes go on, directories and journals say what stands, the next agent finds
 //! both. Never enters: guest bytes; they go from VM process to VM process.
 
 #[cfg(test)]
 mod api_tests;
+pub mod checkpoints;
 pub mod cluster;
 pub mod config;
 pub mod console;
@@ -38,6 +40,8 @@ mod recover;
 #[cfg(test)]
 mod recovery_tests;
 pub mod registry;
+pub mod restore;
+mod routes_checkpoint;
 mod routes_host;
 mod routes_peer;
 mod routes_recovery;

@@ -288,7 +288,7 @@ impl Agent {
     }
 
     /// Follows a move to its end, keeps its report, and has the target cleaned up if it was not committed.
-    async fn follow_move(
+    pub(super) async fn follow_move(
         self: &Arc<Self>,
         name: &str,
         move_id: &str,

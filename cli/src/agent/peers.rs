@@ -6,7 +6,8 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use axum::body::Body;
+use axum::body::{Body, Bytes};
+use futures_util::stream::{self, BoxStream, StreamExt};
 use http_body_util::{BodyExt, Limited};
 use hyper::client::conn::http1::SendRequest;
 use hyper::header::{CONTENT_TYPE, HOST};
@@ -172,6 +173,37 @@ impl Peers {
 }
 
 impl Peers {
+    /// A file of another host, as it comes. Each part must come within [`LONG`].
+    pub async fn fetch(
+        &self,
+        host: &str,
+        path: &str,
+    ) -> Result<BoxStream<'static, Result<Bytes, ApiError>>, ApiError> {
+        let what = format!("GET {path} on host {host}");
+        let request = Request::get(path)
+            .header(HOST, host)
+            .header(FORWARDED_HEADER, &self.own)
+            .body(Body::empty())
+            .map_err(|e| ApiError::internal(format!("{what}: {e}")))?;
+        let mut sender = self.connect(host).await?;
+        let late = |_| ApiError::unreachable(format!("{what}: nothing within {} s", LONG.as_secs()));
+        let response = tokio::time::timeout(LONG, sender.send_request(request)).await.map_err(late)?;
+        let response = response.map_err(|e| ApiError::unreachable(format!("{what}: {e}")))?;
+        if !response.status().is_success() {
+            return answer(response, &what).await.and_then(|()| Err(ApiError::unreachable(what)));
+        }
+        let parts = Body::new(response.into_body()).into_data_stream();
+        // The sender must live as long as the answer comes.
+        Ok(stream::unfold((parts, sender, what), |(mut parts, sender, what)| async move {
+            let part = match tokio::time::timeout(LONG, parts.next()).await {
+                Ok(part) => part?.map_err(|e| ApiError::unreachable(format!("{what}: it broke off: {e}"))),
+                Err(_) => Err(ApiError::unreachable(format!("{what}: it has stalled"))),
+            };
+            Some((part, (parts, sender, what)))
+        })
+        .boxed())
+    }
+
     /// One `GET` to every other host at once; answers as they come in. Dropping the set ends those that are still out.
     pub fn ask_all<R: DeserializeOwned + Send + 'static>(
         self: &Arc<Self>,

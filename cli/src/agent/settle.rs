@@ -83,8 +83,11 @@ impl Agent {
     /// One step of the failure table; the caller has reserved the VM.
     pub(super) async fn settle_reserved(self: &Arc<Self>, name: &str) -> Result<Settled, ApiError> {
         let vm = self.registry.vm(name)?;
-        let look = vm.clone();
+        let (agent, look, owned) = (self.clone(), vm.clone(), name.to_owned());
         let found = blocking(move || {
+            if process::find(look.path()).is_none() {
+                agent.sweep_checkpoints(&owned)?;
+            }
             if !look.path().exists() || process::find(look.path()).is_some() {
                 return Ok(None);
             }
@@ -462,7 +465,7 @@ fn retire(name: &str, vm: &VmDir) -> Result<(), ApiError> {
 }
 
 /// Images that a VM of this host left behind in another datastore, when its process died between that commit and their end.
-fn retire_left(name: &str, vm: &VmDir, standing: &Standing) -> Result<(), ApiError> {
+pub(super) fn retire_left(name: &str, vm: &VmDir, standing: &Standing) -> Result<(), ApiError> {
     let Standing::Owner { generation: current, disks } = standing else { return Ok(()) };
     for record in vm.records()? {
         let Record::Owner { generation, disks: mut left } = record else { continue };

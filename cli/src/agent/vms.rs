@@ -309,7 +309,7 @@ impl Agent {
         Ok(given.into_iter().filter(|feature| offered.contains(feature)).collect())
     }
 
-    fn boot_blockers(&self, definition: &VmDefinition) -> Result<Vec<String>, ApiError> {
+    pub(super) fn boot_blockers(&self, definition: &VmDefinition) -> Result<Vec<String>, ApiError> {
         let offered = hostinfo::cpu_features(&self.config.cpu_mask)?;
         let free = hostinfo::memory()?.available;
         let mut blockers = super::plan::host_blockers(
@@ -458,7 +458,8 @@ fn view_of_process(vm: &VmDir, status: ProcessStatus) -> Result<VmView, ApiError
 /// A process that does not answer yet.
 fn view_of_starting(vm: &VmDir, pid: u32) -> Result<VmView, ApiError> {
     let launch = vm.launch();
-    let arriving = launch.as_ref().is_some_and(|spec| matches!(spec.start, Start::Incoming(_)));
+    let arriving =
+        launch.as_ref().is_some_and(|spec| matches!(spec.start, Start::Incoming(_) | Start::Restore(_)));
     let definition = vm.definition()?;
     Ok(VmView {
         definition,

@@ -14,8 +14,8 @@ use serde::de::DeserializeOwned;
 use super::{ClientError, connect_unix};
 use crate::api::recovery::{HostStanding, RecoveryReport};
 use crate::api::types::{
-    CONSOLE_PROTOCOL, CreateVm, ErrorBody, ErrorDetail, HostInfo, KnownHost, MoveAnswer, MoveProgress,
-    MoveRequest, VmDetail, VmList, VmSummary,
+    CONSOLE_PROTOCOL, CheckpointBegun, CheckpointList, CreateVm, ErrorBody, ErrorDetail, HostInfo, KnownHost,
+    MoveAnswer, MoveProgress, MoveRequest, RestoreCheckpoint, TakeCheckpoint, VmDetail, VmList, VmSummary,
 };
 
 /// Largest answer that is read, bytes.
@@ -89,6 +89,37 @@ impl Client {
     /// Begins a move, or plans it.
     pub async fn move_vm(&self, vm: &str, request: &MoveRequest) -> Result<MoveAnswer, ClientError> {
         self.call(Method::POST, &format!("/v1/vms/{}/move", segment(vm)), Some(request)).await
+    }
+
+    /// Begins to take a checkpoint of a VM.
+    pub async fn take_checkpoint(
+        &self,
+        vm: &str,
+        request: &TakeCheckpoint,
+    ) -> Result<CheckpointBegun, ClientError> {
+        self.call(Method::POST, &format!("/v1/vms/{}/checkpoints", segment(vm)), Some(request)).await
+    }
+
+    /// Checkpoints of all hosts, of one VM or of all.
+    pub async fn checkpoints(&self, vm: Option<&str>) -> Result<CheckpointList, ClientError> {
+        let only = vm.map_or_else(String::new, |vm| format!("&vm={}", segment(vm)));
+        self.call(Method::GET, &format!("/v1/checkpoints?all=true{only}"), None::<&()>).await
+    }
+
+    /// Removes a checkpoint.
+    pub async fn remove_checkpoint(&self, vm: &str, name: &str) -> Result<(), ClientError> {
+        self.command(Method::DELETE, &format!("/v1/checkpoints/{}/{}", segment(vm), segment(name))).await
+    }
+
+    /// Has a VM go on from a checkpoint; answered when it runs.
+    pub async fn restore(
+        &self,
+        vm: &str,
+        name: &str,
+        request: &RestoreCheckpoint,
+    ) -> Result<VmSummary, ClientError> {
+        let path = format!("/v1/checkpoints/{}/{}/restore", segment(vm), segment(name));
+        self.call(Method::POST, &path, Some(request)).await
     }
 
     /// How far a move is, or how it ended.

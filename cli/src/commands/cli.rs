@@ -7,6 +7,7 @@ use std::ffi::OsString;
 use clap::{CommandFactory, Parser, Subcommand};
 
 use super::agent::AgentArgs;
+use super::checkpoint::{CheckpointArgs, CheckpointsArgs, RestoreArgs};
 use super::console::ConsoleArgs;
 use super::create::CreateArgs;
 use super::hosts::{DatastoreCommand, HostCommand};
@@ -65,6 +66,12 @@ pub enum Command {
     Show(ShowArgs),
     /// Connect to a VM's serial console
     Console(ConsoleArgs),
+    /// Keep this moment of a running VM: RAM, devices and disks
+    Checkpoint(CheckpointArgs),
+    /// List checkpoints, or remove one
+    Checkpoints(CheckpointsArgs),
+    /// Have a stopped VM go on from a checkpoint
+    Restore(RestoreArgs),
     /// How far a move is, or how it ended
     Status(MoveIdArgs),
     /// Give up a move

@@ -4,6 +4,7 @@
 //! [`CommandError`] or not at all. Lives here: the way from words to requests, exit codes. Never enters: HTTP, guest bytes.
 
 mod agent;
+mod checkpoint;
 mod cli;
 mod console;
 mod create;
@@ -75,6 +76,9 @@ async fn with_agent(command: Command, client: &Client) -> Result<(), CommandErro
         Command::Ls(args) => args.run(client).await,
         Command::Show(args) => args.run(client).await,
         Command::Console(args) => args.run(client).await,
+        Command::Checkpoint(args) => args.run(client).await,
+        Command::Checkpoints(args) => args.run(client).await,
+        Command::Restore(args) => args.run(client).await,
         Command::Status(args) => args.status(client).await,
         Command::Cancel(args) => args.cancel(client).await,
         Command::Recover(args) => args.run(client).await,

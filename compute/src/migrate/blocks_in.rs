@@ -53,6 +53,7 @@ enum Command {
         reply: Sender<Result<Finished, BlockError>>,
     },
     Pivot(Sender<Result<(), MoveError>>),
+    Close(Sender<Result<(), BlockError>>),
 }
 
 /// An image that is complete and on stable storage.
@@ -160,6 +161,13 @@ impl BlocksIn {
         let (reply, done) = mpsc::channel();
         self.commands.put(Command::Pivot(reply));
         done.recv().map_err(|_| self.gone())?
+    }
+
+    /// Closes an image that is complete and that no guest gets.
+    pub fn close(&self) -> Result<(), MoveError> {
+        let (reply, done) = mpsc::channel();
+        self.commands.put(Command::Close(reply));
+        done.recv().map_err(|_| self.gone())?.map_err(MoveError::disk(&self.name))
     }
 
     fn gone(&self) -> MoveError {
@@ -300,6 +308,14 @@ async fn serve(
             }
             Command::Pivot(reply) => {
                 let _ = reply.send(pivot(context, &device).await);
+            }
+            Command::Close(reply) => {
+                in_flight.idle().await;
+                let closed = device.close().await;
+                // Whoever asked may look at the file, and finds nobody at it.
+                drop(device);
+                let _ = reply.send(closed);
+                return;
             }
         }
     }

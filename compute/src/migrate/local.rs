@@ -1,6 +1,7 @@
 //! The target of a datastore-only move: new images in this process, filled over socket pairs by the same block streams.
 //!
-//! Lives here: making, proving, pivoting, discarding them. Never enters: memory, other hosts.
+//! A checkpoint fills its images by the same way, and keeps them as they are at the pause. Lives here: making, proving, pivoting,
+//! closing, discarding them. Never enters: memory, other hosts.
 
 use std::sync::{Arc, mpsc::Sender};
 
@@ -9,7 +10,7 @@ use vmove_mirror::{
     source::Event,
     wire::control::{Counters, Proof, TargetMsg},
 };
-use vmove_storage::OwnerState;
+use vmove_storage::{OwnerState, Stamp};
 
 use super::{
     MoveError,
@@ -94,6 +95,17 @@ impl LocalTarget {
         for (place, _) in &self.copies {
             images::stamp(&place.path, &self.vm, self.generation, OwnerState::Owned)
                 .map_err(MoveError::disk(&place.name))?;
+        }
+        Ok(())
+    }
+
+    /// Closes the images as they are, complete, clean and nobody's. The mirrors have ended.
+    pub fn close(&mut self) -> Result<(), MoveError> {
+        for arrival in self.arrivals.drain(..) {
+            arrival.close()?;
+        }
+        for (place, _) in &self.copies {
+            Stamp::remove(&place.path).map_err(MoveError::disk(&place.name))?;
         }
         Ok(())
     }

@@ -26,16 +26,19 @@ mod pages_out;
 mod report;
 mod signal;
 mod source;
-mod state;
+pub(crate) mod state;
 pub mod stop_points;
 mod target;
 mod tls;
 
 use vmove_mirror::{source as source_engine, target as target_engine};
 
+pub(crate) use blocks_out::BlocksOut;
 pub use images::format as image_format;
 pub use journal::{AppendError, VmJournal};
 pub use listen::Ticket;
+pub(crate) use local::LocalTarget;
+pub(crate) use pace::Pace;
 pub use report::ProgressBoard;
 pub use source::{SourceEnd, SourceMove, at as placement};
 pub use target::{TargetEnd, TargetMove};

@@ -2,7 +2,8 @@
 //!
 //! `VMOVE_STOP_DIR` names a directory. A process that comes to a point for which there is a file `<dir>/<name>.hold` makes
 //! `<dir>/<name>.reached` (with its pid inside) and waits until the first file is gone. Without the variable nothing happens.
-//! The names are `source.<action>` and `target.<action>`, the actions as the engines give them, each *before* it is carried out.
+//! The names are `source.<action>` and `target.<action>`, the actions as the engines give them, each *before* it is carried out, and
+//! `checkpoint.<step>` and `restore.<step>`.
 
 use std::{env, fs, path::PathBuf, thread, time::Duration};
 

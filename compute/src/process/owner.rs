@@ -3,8 +3,11 @@
 //! ```text
 //! Boot     -> Running -> (moves away) ended | (stopped, powered off) ended | (reset) Boot
 //! Incoming -> Running | discarded, ended | undecided -> Running or discarded
+//! Restore  -> Running | ended, nothing changed
 //! ```
 //! Lives here: what the process is now, and who may change it. Never enters: how a move works, what an agent wants.
+
+mod checkpoints;
 
 use std::{
     fs, io,
@@ -31,11 +34,13 @@ use super::{
     },
     control,
     protocol::{
-        CONSOLE_SOCKET, CONTROL_SOCKET, DiskPlacement, ImageShape, IncomingSpec, JOURNAL_FILE, LAUNCH_FILE,
-        LaunchSpec, Listening, MoveOrder, ProcessStatus, Reply, Request, RunState, Start, Verdict,
+        CONSOLE_SOCKET, CONTROL_SOCKET, DiskDefinition, DiskPlacement, ImageShape, IncomingSpec,
+        JOURNAL_FILE, LAUNCH_FILE, LaunchSpec, Listening, MoveOrder, ProcessStatus, Reply, Request, RunState,
+        Start, Verdict,
     },
 };
 use crate::{
+    checkpoint::CheckpointError,
     machine::{DiskConfig, DiskSource, ExitReason, Machine, MachineConfig},
     migrate::{MoveError, ProgressBoard, SourceEnd, SourceMove, TargetEnd, TargetMove, VmJournal, placement},
 };
@@ -84,6 +89,9 @@ pub enum ProcessError {
     /// The parts of a move.
     #[error(transparent)]
     Move(#[from] MoveError),
+    /// The checkpoint it was to go on from.
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
 }
 
 /// What wakes the main thread.
@@ -138,7 +146,7 @@ pub fn run(dir: &Path) -> Result<(), ProcessError> {
         state: Mutex::new(State {
             run: match spec.start {
                 Start::Boot => RunState::Running,
-                Start::Incoming(_) => RunState::Incoming,
+                Start::Incoming(_) | Start::Restore(_) => RunState::Incoming,
             },
             machine: None,
             generation: spec.generation,
@@ -153,7 +161,7 @@ pub fn run(dir: &Path) -> Result<(), ProcessError> {
         board: Arc::new(ProgressBoard::new(&dir.join("moves"))),
         console: match spec.start {
             Start::Boot => Console::new(uuid::Uuid::new_v4().into_bytes()),
-            Start::Incoming(_) => Console::arriving(),
+            Start::Incoming(_) | Start::Restore(_) => Console::arriving(),
         },
         wake,
     });
@@ -169,6 +177,7 @@ pub fn run(dir: &Path) -> Result<(), ProcessError> {
             Some(machine) => machine,
             None => return Ok(()),
         },
+        Start::Restore(from) => checkpoints::restore(&shared, &from.dir)?,
     };
     let left = live(&shared, machine, &woken);
     shared.console.end(match &left {
@@ -469,6 +478,10 @@ fn answer(shared: &Arc<Shared>, request: Request) -> Reply {
             Ok(()) => Reply::Ok,
             Err(why) => Reply::Error(why),
         },
+        Request::Checkpoint(order) => match checkpoints::begin(shared, *order) {
+            Ok(()) => Reply::Ok,
+            Err(why) => Reply::Error(why),
+        },
         Request::Cancel => {
             let state = shared.lock();
             if let Some((_, events)) = &state.moving {
@@ -538,14 +551,7 @@ fn begin_move(shared: &Arc<Shared>, order: MoveOrder) -> Result<(), String> {
         let (Some(place), Some(definition)) = (place, definition) else {
             return Err(format!("the VM has no disk {}", copy.name));
         };
-        let info = vmove_storage::info(&place.path).map_err(|e| e.to_string())?;
-        shapes.push(ImageShape {
-            name: copy.name.clone(),
-            format: definition.format,
-            virtual_bytes: info.virtual_bytes,
-            cluster_bytes: info.cluster_bytes.unwrap_or(0),
-            allocated_bytes: info.allocated_bytes,
-        });
+        shapes.push(shape(definition, &place.path)?);
     }
     if shapes.is_empty() && !moves {
         return Err("nothing is to be moved: the disks are there already".into());
@@ -578,6 +584,18 @@ fn begin_move(shared: &Arc<Shared>, order: MoveOrder) -> Result<(), String> {
     spawned.map(|_| ()).map_err(|e| {
         state.moving = None;
         format!("cannot start a thread: {e}")
+    })
+}
+
+/// Structure of a disk's image.
+fn shape(disk: &DiskDefinition, path: &Path) -> Result<ImageShape, String> {
+    let info = vmove_storage::info(path).map_err(|e| e.to_string())?;
+    Ok(ImageShape {
+        name: disk.name.clone(),
+        format: disk.format,
+        virtual_bytes: info.virtual_bytes,
+        cluster_bytes: info.cluster_bytes.unwrap_or(0),
+        allocated_bytes: info.allocated_bytes,
     })
 }
 

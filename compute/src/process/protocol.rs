@@ -173,6 +173,15 @@ pub enum Start {
     Boot,
     /// Wait for a VM to arrive.
     Incoming(IncomingSpec),
+    /// Go on from a checkpoint whose disks have been copied to the VM's places; the VM is owned once all of it is loaded.
+    Restore(RestoreSpec),
+}
+
+/// Where a VM that is restored comes from.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RestoreSpec {
+    /// The checkpoint's directory.
+    pub dir: PathBuf,
 }
 
 /// What the target of a move is told before the source connects.
@@ -200,6 +209,8 @@ pub enum Request {
     Stop,
     /// Press the guest's power button, on the move or not. An error if the guest stands still just now: ask again.
     PowerButton,
+    /// Begin to take a checkpoint; answered at once, followed and cancelled as a move.
+    Checkpoint(Box<CheckpointOrder>),
     /// Begin a move; answered at once, followed with [`Request::MoveStatus`].
     Move(Box<MoveOrder>),
     /// How far is the current or last move?
@@ -331,6 +342,23 @@ pub struct MoveOrder {
     pub audit: bool,
     /// No TLS on the data connections.
     pub plain: bool,
+}
+
+/// The order to take a checkpoint.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CheckpointOrder {
+    /// Id (UUID text), as of a move.
+    pub id: String,
+    /// The checkpoint's name.
+    pub name: String,
+    /// Directory in which it is made, with the kernel and the initial RAM disk in it; removed if it is not completed.
+    pub dir: PathBuf,
+    /// The directory's name once it is complete.
+    pub to: PathBuf,
+    /// End the VM with it.
+    pub stop: bool,
+    /// This host and the checkpoint's datastore, for the report.
+    pub place: Place,
 }
 
 /// A host and a datastore.

@@ -33,6 +33,11 @@ impl Output {
         self.run
     }
 
+    /// The same line in another run.
+    pub fn begin_run(&mut self, run: RunId) {
+        self.run = run;
+    }
+
     /// Number of bytes so far: the position of the next.
     pub fn end(&self) -> u64 {
         self.end

@@ -128,6 +128,15 @@ impl Console {
         Ok(())
     }
 
+    /// What comes from now on is another life of the guest: it was restored from a checkpoint. Who watched the one before is told so,
+    /// and counts of its keys mean nothing here.
+    pub fn begin_run(&self, run: RunId) {
+        self.keys().typists = Typists::default();
+        if let Some(output) = &mut self.screen().output {
+            output.begin_run(run);
+        }
+    }
+
     /// Tells all watchers the last word, behind all output, and gives them a moment to hear it.
     pub fn end(&self, farewell: ServerMsg) {
         let mut screen = self.screen();
