@@ -7,7 +7,8 @@ use std::fs;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-use vmove::api::types::{CheckpointList, MoveReport, VmState};
+use vmove::api::checkpoint::CheckpointList;
+use vmove::api::types::{MoveReport, VmState};
 use vmove_tests::cluster::Cluster;
 use vmove_tests::console::Console;
 use vmove_tests::guest::{Spec, VM};

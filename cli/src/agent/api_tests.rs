@@ -11,7 +11,7 @@ use vmove_mirror::journal::{MoveId, Record, Standing};
 use vmove_storage::{ImageFormat, ImageSpec, OwnerState, Stamp};
 
 use super::config::{Config, DatastoreConfig};
-use super::vmdir::{VmDir, disks_at};
+use super::vmdir::{AppendError, VmDir, disks_at};
 use super::{Agent, AgentError, cluster, create, http, peers};
 use crate::api::types::*;
 use crate::client::{Client, ClientError};
@@ -25,7 +25,7 @@ pub(super) struct Host {
 }
 
 /// What begins as a kernel does: an ELF file for x86-64.
-const KERNEL: &[u8] = b"\x7fELF\x02\x01\0\0\0\0\0\0\0\0\0\0\x02\0\x3e\0";
+pub(super) const KERNEL: &[u8] = b"\x7fELF\x02\x01\0\0\0\0\0\0\0\0\0\0\x02\0\x3e\0";
 
 fn free_port() -> u16 {
     std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
@@ -90,7 +90,7 @@ impl Host {
         client
     }
 
-    fn agent(&self) -> &Arc<Agent> {
+    pub(super) fn agent(&self) -> &Arc<Agent> {
         self.agent.as_ref().unwrap()
     }
 
@@ -129,7 +129,14 @@ impl Host {
             stamp.write(&image).unwrap();
         }
         for record in records {
-            vm.append(record).unwrap();
+            // A process that another test starts has this one's locks until it is another program.
+            let end = Instant::now() + Duration::from_secs(30);
+            loop {
+                match vm.append(record) {
+                    Err(AppendError::InUse) if Instant::now() < end => std::thread::yield_now(),
+                    appended => break appended.unwrap(),
+                }
+            }
         }
         vm
     }
@@ -140,7 +147,7 @@ impl Host {
     }
 }
 
-fn definition(name: &str, datastore: &str) -> VmDefinition {
+pub(super) fn definition(name: &str, datastore: &str) -> VmDefinition {
     VmDefinition {
         name: name.into(),
         vcpus: 1,
@@ -583,7 +590,8 @@ async fn both_dead_before_the_commit_the_source_has_it() {
         (!right.vm("web").path().exists() && !right.image("fast", "web").exists()).then_some(())
     })
     .await;
-    assert_eq!(left.vm("web").records().unwrap().last(), Some(&Record::Aborted { move_id: id }));
+    // That the target let go may be there, too.
+    assert!(left.vm("web").records().unwrap().contains(&Record::Aborted { move_id: id }));
     assert_eq!(to_left.vm("web").await.unwrap().summary.state, VmState::Stopped);
     left.end().await;
     right.end().await;

@@ -17,7 +17,8 @@ use super::registry::MOVING;
 use super::vmdir::{VmDir, sync_dir};
 use super::vms::word;
 use super::{Agent, control, process};
-use crate::api::types::{CheckpointBegun, CheckpointInfo, Place, TakeCheckpoint, VmState};
+use crate::api::checkpoint::{CheckpointBegun, CheckpointInfo, TakeCheckpoint};
+use crate::api::types::{Place, VmState};
 
 /// Checkpoints in a datastore.
 const DIR: &str = ".checkpoints";

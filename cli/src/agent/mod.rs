@@ -41,6 +41,8 @@ mod recover;
 mod recovery_tests;
 pub mod registry;
 pub mod restore;
+#[cfg(test)]
+mod restore_tests;
 mod routes_checkpoint;
 mod routes_host;
 mod routes_peer;

@@ -18,7 +18,7 @@ fn stamp(generation: u64, state: OwnerState) -> Option<Stamp> {
     Some(Stamp { vm: "web".into(), generation, state })
 }
 
-fn moving() -> Record {
+pub(super) fn moving() -> Record {
     Record::Moving { move_id: id(), to_host: Some("right".into()), generation: 2 }
 }
 
@@ -27,7 +27,7 @@ fn aborted() -> Record {
 }
 
 /// Both hosts, neither of them up. Without `records` the source has no trace of the VM.
-async fn aftermath(source: Option<&[Record]>, target: Option<bool>) -> (Host, Host) {
+pub(super) async fn aftermath(source: Option<&[Record]>, target: Option<bool>) -> (Host, Host) {
     let (mut left, _, mut right, _) = pair().await;
     left.end().await;
     right.end().await;

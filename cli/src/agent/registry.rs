@@ -14,6 +14,8 @@ use super::vmdir::{VmDir, sync_dir};
 pub const SETTLING: &str = "being settled after its process ended";
 /// What a VM is while a move of it is led from here.
 pub const MOVING: &str = "on the move";
+/// What a VM is while this host makes it go on from a checkpoint.
+pub const RESTORING: &str = "being restored";
 
 /// The VMs of this host.
 #[derive(Debug)]

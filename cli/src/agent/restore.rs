@@ -23,12 +23,12 @@ use super::checkpoints::{data_bytes, remove_empty_dirs, remove_tree};
 use super::create::check_definition;
 use super::error::{ApiError, blocking};
 use super::moves::{REQUEST_FILE, occupied};
+use super::registry::RESTORING;
 use super::vmdir::{VmDir, placements};
 use super::vms::word;
 use super::{Agent, control, images, peers, settle};
-use crate::api::types::{
-    CheckpointList, DiskPlacement, MoveRequest, RestoreCheckpoint, VmDefinition, VmDetail, VmState, VmSummary,
-};
+use crate::api::checkpoint::{CheckpointList, RestoreCheckpoint};
+use crate::api::types::{DiskPlacement, MoveRequest, VmDefinition, VmDetail, VmState, VmSummary};
 use crate::identity::files::write_private;
 
 /// How long a restore that another host makes may take.
@@ -69,7 +69,12 @@ impl Agent {
             let request = RestoreCheckpoint { host: Some(target.clone()) };
             return self.peers.call(&target, Method::POST, &path, Some(&request), RESTORE_LIMIT).await;
         }
-        let reservation = self.reserve_soon(vm, "being restored").await?;
+        let reservation = self.reserve_soon(vm, RESTORING).await?;
+        // Once more, now that others are told of this restore ([`Agent::must_view`]): of two hosts that are asked at once at most one
+        // finds nobody else at it.
+        if let Some(owner) = self.owner_for_restore(vm).await?.filter(|owner| *owner != target) {
+            return Err(ApiError::conflict(format!("host {owner} has VM {vm:?} now: restore it there")));
+        }
         let fetched =
             if holder == self.config.name { None } else { Some(self.fetch(&holder, vm, name).await?) };
         let from = match (&fetched, self.find_checkpoint(vm, name)?) {
@@ -88,14 +93,7 @@ impl Agent {
                 Ok(self.summary(&self.must_view(vm).await?))
             }
             Err(error) => {
-                self.settle(vm).await;
-                // What the process has died of is the checkpoint's trouble, not the VM's.
-                let left = here.error_file();
-                if let Err(error) = tokio::fs::remove_file(&left).await
-                    && error.kind() != std::io::ErrorKind::NotFound
-                {
-                    tracing::warn!(%error, "the VM is shown as failed");
-                }
+                self.settle_soon(vm).await;
                 self.registry.set_ended(vm, None);
                 Err(error)
             }
@@ -109,18 +107,32 @@ impl Agent {
         let own = self.view(vm).await?.map(|view| (self.config.name.clone(), view.state));
         let path = format!("/v1/vms/{vm}");
         let asked = self.peers.ask_all::<VmDetail>(&path, peers::SHORT).join_all().await;
-        let mut silent = Vec::new();
+        let (mut silent, mut restored) = (Vec::new(), None);
         let others = asked.into_iter().filter_map(|(host, answer)| match answer {
             Ok(there) => Some((host, there.summary.state)),
             Err(error) if peers::is_not_found(&error) => None,
+            Err(error) if error.code == "busy" => {
+                restored.get_or_insert(error);
+                None
+            }
             Err(_) => {
                 silent.push(host);
                 None
             }
         });
-        for (host, state) in own.into_iter().chain(others.collect::<Vec<_>>()) {
+        let others: Vec<_> = others.collect();
+        if let Some(elsewhere) = restored {
+            return Err(elsewhere);
+        }
+        for (host, state) in own.into_iter().chain(others) {
             match state {
                 VmState::Stopped | VmState::Failed => owner = Some(host),
+                VmState::Undecided | VmState::Lost => {
+                    return Err(ApiError::undecided(format!(
+                        "VM {vm:?} is {} on host {host}; see `vmove recover {vm}`",
+                        word(state)
+                    )));
+                }
                 state => {
                     return Err(ApiError::conflict(format!(
                         "VM {vm:?} is {} on host {host}; stop it first",
@@ -152,33 +164,54 @@ impl Agent {
         if manifest.vm.name != name {
             return Err(ApiError::invalid(format!("it is a checkpoint of VM {:?}", manifest.vm.name)));
         }
-        let view = self.view(name).await?;
+        let here = self.view(name).await?.is_some();
+        if here {
+            // As before a start: the target of an aborted move may have taken it over.
+            self.settle_before_start(name).await?;
+            let state = self.must_view(name).await?.state;
+            if !matches!(state, VmState::Stopped | VmState::Failed) {
+                return Err(ApiError::conflict(format!("VM {name:?} is {}; stop it first", word(state))));
+            }
+        } else if vm.path().exists() {
+            return Err(ApiError::busy(format!("what is left of VM {name:?} is being cleaned up")));
+        }
         let (agent, look, dir) = (self.clone(), vm.clone(), from.to_path_buf());
-        let standing = match view {
-            None if vm.path().exists() => {
-                return Err(ApiError::busy(format!("what is left of VM {name:?} is being cleaned up")));
+        let spec = blocking(move || {
+            let standing = if here { Some(look.journal()?.standing().clone()) } else { None };
+            agent.lay_out(&look, &dir, &manifest, standing.as_ref())
+        })
+        .await?;
+        if let Err(error) = self.run_restored(name, vm, &spec).await {
+            // What the process has died of is the checkpoint's trouble, not the VM's.
+            match tokio::fs::remove_file(vm.error_file()).await {
+                Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                    tracing::warn!(%error, "the VM is shown as failed");
+                }
+                _ => {}
             }
-            None => None,
-            Some(view) if !matches!(view.state, VmState::Stopped | VmState::Failed) => {
-                // Somebody was quicker.
-                return Err(ApiError::conflict(format!(
-                    "VM {name:?} is {}; stop it first",
-                    word(view.state)
-                )));
-            }
-            Some(_) => Some(
-                blocking({
-                    let look = vm.clone();
-                    move || Ok(look.journal()?.standing().clone())
-                })
-                .await?,
-            ),
-        };
-        let spec = blocking(move || agent.lay_out(&look, &dir, &manifest, standing.as_ref())).await?;
-        self.launch(name, vm, &spec).await?;
+            return Err(error);
+        }
+        let (agent, look, owned) = (self.clone(), vm.clone(), name.to_owned());
+        blocking(move || {
+            let standing = look.journal()?.standing().clone();
+            settle::retire_left(&owned, &look, &standing)?;
+            images::remove_empty_dirs(&agent.stores, &owned);
+            Ok(())
+        })
+        .await
+    }
+
+    /// Starts the process and waits until the guest goes on.
+    async fn run_restored(
+        self: &Arc<Self>,
+        name: &str,
+        vm: &VmDir,
+        spec: &LaunchSpec,
+    ) -> Result<(), ApiError> {
+        self.launch(name, vm, spec).await?;
         loop {
             match control::status(vm.path()).await {
-                Ok(status) if status.state == RunState::Running => break,
+                Ok(status) if status.state == RunState::Running => return Ok(()),
                 Ok(_) | Err(control::ControlError::Failed(_)) => {}
                 Err(_) => {
                     if self.wait_gone(vm, LOAD_INTERVAL).await {
@@ -191,14 +224,6 @@ impl Agent {
             }
             tokio::time::sleep(LOAD_INTERVAL).await;
         }
-        let (agent, look, owned) = (self.clone(), vm.clone(), name.to_owned());
-        blocking(move || {
-            let standing = look.journal()?.standing().clone();
-            settle::retire_left(&owned, &look, &standing)?;
-            images::remove_empty_dirs(&agent.stores, &owned);
-            Ok(())
-        })
-        .await
     }
 
     /// New images with the checkpoint's content, and what the process is to be started with.

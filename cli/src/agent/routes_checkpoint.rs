@@ -10,10 +10,8 @@ use utoipa::IntoParams;
 use super::error::{ApiError, blocking};
 use super::http::{Json, Peer, Shared};
 use super::peers;
-use crate::api::types::{
-    CheckpointBegun, CheckpointList, ErrorBody, FORWARDED_HEADER, RestoreCheckpoint, TakeCheckpoint,
-    VmSummary,
-};
+use crate::api::checkpoint::{CheckpointBegun, CheckpointList, RestoreCheckpoint, TakeCheckpoint};
+use crate::api::types::{ErrorBody, FORWARDED_HEADER, VmSummary};
 
 /// Which checkpoints are listed.
 #[derive(Debug, Deserialize, IntoParams)]

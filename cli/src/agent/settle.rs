@@ -73,6 +73,25 @@ impl Agent {
         }
     }
 
+    /// As [`Self::settle`], but does not wait for another host's word: what needs that goes on by itself.
+    pub(super) async fn settle_soon(self: &Arc<Self>, name: &str) {
+        loop {
+            match self.settle_once(name).await {
+                Ok(Settled::Done) => return,
+                Ok(Settled::Again) => {}
+                Ok(Settled::Busy) => {
+                    if !self.pause(BUSY_INTERVAL).await {
+                        return;
+                    }
+                }
+                Ok(Settled::Waiting) | Err(_) => {
+                    tokio::spawn(self.settle(name));
+                    return;
+                }
+            }
+        }
+    }
+
     pub(super) async fn settle_once(self: &Arc<Self>, name: &str) -> Result<Settled, ApiError> {
         let Ok(_reservation) = self.registry.reserve(name, registry::SETTLING) else {
             return Ok(Settled::Busy);

@@ -134,6 +134,10 @@ impl Agent {
     /// One VM, or the error that says it is not here.
     pub async fn must_view(&self, name: &str) -> Result<VmView, ApiError> {
         self.view(name).await?.ok_or_else(|| {
+            // Nothing of it is seen here yet, and it must not go on elsewhere as well.
+            if self.registry.busy(name) == Some(registry::RESTORING) {
+                return ApiError::busy(format!("VM {name:?} is being restored on host {}", self.config.name));
+            }
             ApiError::not_found(format!(
                 "there is no VM {name:?} on host {} nor on a host it can reach",
                 self.config.name
@@ -234,7 +238,7 @@ impl Agent {
 
     /// Does first what is still to be done after the VM's last process: ends a move that died with it, removes images it left, and
     /// asks the target of an aborted move whether it was taken over there. Who starts a VM may be quicker than the agent.
-    async fn settle_before_start(self: &Arc<Self>, name: &str) -> Result<(), ApiError> {
+    pub(super) async fn settle_before_start(self: &Arc<Self>, name: &str) -> Result<(), ApiError> {
         loop {
             match self.settle_reserved(name).await? {
                 Settled::Done => return Ok(()),

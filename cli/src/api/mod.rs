@@ -2,5 +2,6 @@
 //!
 //! Lives here: request and response types, connections to unix sockets of any path length. Never enters: routes, policy.
 
+pub mod checkpoint;
 pub mod recovery;
 pub mod types;

@@ -12,10 +12,11 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use super::{ClientError, connect_unix};
+use crate::api::checkpoint::{CheckpointBegun, CheckpointList, RestoreCheckpoint, TakeCheckpoint};
 use crate::api::recovery::{HostStanding, RecoveryReport};
 use crate::api::types::{
-    CONSOLE_PROTOCOL, CheckpointBegun, CheckpointList, CreateVm, ErrorBody, ErrorDetail, HostInfo, KnownHost,
-    MoveAnswer, MoveProgress, MoveRequest, RestoreCheckpoint, TakeCheckpoint, VmDetail, VmList, VmSummary,
+    CONSOLE_PROTOCOL, CreateVm, ErrorBody, ErrorDetail, HostInfo, KnownHost, MoveAnswer, MoveProgress,
+    MoveRequest, VmDetail, VmList, VmSummary,
 };
 
 /// Largest answer that is read, bytes.

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::CommandError;
-use crate::api::types::{CheckpointInfo, RestoreCheckpoint, TakeCheckpoint};
+use crate::api::checkpoint::{CheckpointInfo, RestoreCheckpoint, TakeCheckpoint};
 use crate::client::Client;
 use crate::render::progress::MoveBars;
 use crate::render::table::{Align, Table};
