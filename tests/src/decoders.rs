@@ -17,6 +17,7 @@ use vmove::agent::create::check_definition;
 use vmove::agent::incoming::check_offer;
 use vmove::api::types as api;
 use vmove::identity::token::{Token, TokenStore};
+use vmove_compute::checkpoint::Manifest;
 use vmove_compute::kvm::{VcpuState, VmState};
 use vmove_compute::process::console::Console;
 use vmove_compute::process::console::wire::{self as console, ClientMsg, ServerMsg};
@@ -61,6 +62,7 @@ pub const ALL: &[Decoder] = &[
     Decoder { name: "token", accepts: token },
     Decoder { name: "process", accepts: process_line },
     Decoder { name: "console", accepts: console_messages },
+    Decoder { name: "checkpoint", accepts: checkpoint },
 ];
 
 /// The decoder of this name.
@@ -278,6 +280,16 @@ pub fn process_line(bytes: &[u8]) -> bool {
 pub fn console_messages(bytes: &[u8]) -> bool {
     let [piece, stream @ ..] = bytes else { return false };
     read_all::<ClientMsg>(stream, *piece) | read_all::<ServerMsg>(stream, *piece)
+}
+
+/// The first file of a checkpoint, and what stands in it behind the sum, as if that were right.
+pub fn checkpoint(bytes: &[u8]) -> bool {
+    let Ok(manifest) = Manifest::decode(bytes).or_else(|_| Manifest::decode_body(bytes)) else {
+        return false;
+    };
+    let again = manifest.encode().expect("what was accepted can be written");
+    assert_eq!(Manifest::decode(&again[..]).expect("as it was written"), manifest);
+    true
 }
 
 /// Whether a stream of messages is read to its end.

@@ -4,6 +4,8 @@
 
 use kvm_bindings::{kvm_cpuid_entry2, kvm_irqchip, kvm_msr_entry};
 use serde_json::json;
+use vmove_compute::checkpoint::Manifest;
+use vmove_compute::checkpoint::sums::FileSums;
 use vmove_compute::kvm::{VcpuState, VmState};
 use vmove_compute::process::console::Console;
 use vmove_compute::process::console::wire::{self as console, ClientMsg, ServerMsg};
@@ -73,7 +75,41 @@ pub fn all() -> Vec<Seed> {
     }
     add("console", "client", stream(&typed()));
     add("console", "server", stream(&said()));
+    let (whole, body) = manifest();
+    add("checkpoint", "whole", whole);
+    add("checkpoint", "body", body);
     seeds
+}
+
+/// The first file of a checkpoint with one disk, and what stands in it behind the sum.
+fn manifest() -> (Vec<u8>, Vec<u8>) {
+    let dir = tempfile::tempdir().expect("make a directory");
+    let sums = |bytes: &[u8], length: u64| {
+        let path = dir.path().join("file");
+        std::fs::write(&path, bytes).expect("write a file");
+        std::fs::File::options()
+            .append(true)
+            .open(&path)
+            .and_then(|file| file.set_len(length))
+            .expect("grow it");
+        FileSums::of(&path).expect("its sums")
+    };
+    let manifest = Manifest {
+        name: "before-upgrade".into(),
+        vm: serde_json::from_value(definition()).expect("a definition"),
+        host: "a".into(),
+        generation: 3,
+        taken_at: 1_700_000_000,
+        pause_us: 20_000,
+        ram: sums(b"ram", 512 << 20),
+        disks: vec![sums(&qcow2(), 64 << 10)],
+        kernel: sums(b"kernel", 6),
+        initrd: Some(sums(b"initrd", 6)),
+        state: vec![1, 2, 3],
+    };
+    let whole = manifest.encode().expect("a checkpoint");
+    let body = whole[Manifest::HEAD_BYTES..].to_vec();
+    (whole, body)
 }
 
 /// Messages of a console behind each other, in pieces of 8 bytes.

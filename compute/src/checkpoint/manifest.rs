@@ -74,6 +74,9 @@ struct Body {
 }
 
 impl Manifest {
+    /// Bytes before the body.
+    pub const HEAD_BYTES: usize = 52;
+
     /// Name of the file of disk number `index`.
     pub fn disk_file(index: usize) -> String {
         format!("disk-{index}")
@@ -105,7 +108,7 @@ impl Manifest {
             state: this.state,
         };
         let body = postcard::to_stdvec(&body).map_err(|e| refused(&e))?;
-        let mut out = Vec::with_capacity(52 + body.len());
+        let mut out = Vec::with_capacity(Self::HEAD_BYTES + body.len());
         out.extend(MAGIC);
         out.extend(VERSION.to_le_bytes());
         out.extend((body.len() as u64).to_le_bytes());
@@ -117,7 +120,7 @@ impl Manifest {
     /// Reads a checkpoint's first file; nothing of it is believed before its sum is right, and nothing left over is allowed.
     pub fn decode(mut from: impl Read) -> Result<Self, CheckpointError> {
         let damaged = |what: &str| CheckpointError::Damaged(what.to_owned());
-        let mut head = [0; 52];
+        let mut head = [0; Self::HEAD_BYTES];
         from.read_exact(&mut head).map_err(|_| damaged("it is too short for a checkpoint"))?;
         let (magic, rest) = head.split_at(8);
         let (version, rest) = rest.split_at(4);
@@ -142,9 +145,14 @@ impl Manifest {
         if body.len() as u64 != length || blake3::hash(&body).as_bytes() != sum {
             return Err(damaged("it is torn or damaged"));
         }
-        match postcard::take_from_bytes::<Body>(&body) {
+        Self::decode_body(&body)
+    }
+
+    /// Reads what stands behind the sum.
+    pub fn decode_body(bytes: &[u8]) -> Result<Self, CheckpointError> {
+        match postcard::take_from_bytes::<Body>(bytes) {
             Ok((body, [])) => Self::checked(body),
-            _ => Err(damaged("its content is not that of a checkpoint")),
+            _ => Err(CheckpointError::Damaged("its content is not that of a checkpoint".to_owned())),
         }
     }
 
