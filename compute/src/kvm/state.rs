@@ -81,6 +81,10 @@ impl VmState {
     }
 
     /// Time from the reading of the state to now by the hosts' clocks; none if this host's clock is behind.
+    ///
+    /// It is how far the guest's CLOCK_MONOTONIC jumps: the pause (or the age of a checkpoint) and by how much this host's clock is
+    /// ahead of the other's, never back. So the guest's wall clock is as right here as it was there, or ahead of this host's by as much
+    /// as that is behind more than the pause.
     pub fn elapsed(&self) -> Duration {
         Duration::from_nanos(realtime_ns().saturating_sub(self.realtime_ns))
     }
