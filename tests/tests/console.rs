@@ -210,9 +210,11 @@ fn nothing_is_lost_or_doubled_while_the_vm_moves_there_and_back() {
     let cluster = Cluster::start(PROGRAM, &["a", "b", "c"], &[]);
     // Twice as fast as a serial line of 115200 baud.
     let _booted = cluster.boot("a", &talker(1500));
-    // One through the agent that has the VM at first, one through an agent that never has it; both type.
+    // One through the agent that has the VM at first, one through an agent that never has it; the input of that one ends at once, and
+    // it watches on.
     let mut near = Client::attach(&cluster, "a");
-    let far = Client::attach(&cluster, "c");
+    let mut far = Client::attach(&cluster, "c");
+    drop(far.keys.take());
     let enough = AtomicBool::new(false);
     for n in 0..6 {
         let (from, to) = if n % 2 == 0 { ("a", "b") } else { ("b", "a") };
@@ -245,8 +247,10 @@ fn nothing_is_lost_or_doubled_while_the_vm_moves_there_and_back() {
     }
     assert_eq!(keys_of(&near.lines()), typed);
     cluster.vmove("a", &["stop", VM]).ok();
-    until("the client's end", || near.process.try_wait().unwrap()?.success().then_some(()));
-    assert!(near.notes().contains("the VM has stopped"), "{}", near.notes());
+    for client in [&mut near, &mut far] {
+        until("the client's end", || client.process.try_wait().unwrap()?.success().then_some(()));
+        assert!(client.notes().contains("the VM has stopped"), "{}", client.notes());
+    }
 }
 
 #[test]
