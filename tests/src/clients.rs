@@ -1,6 +1,6 @@
 //! Users of a guest: programs in a network namespace, and what they see.
 //!
-//! Lives here: ping, SSH sessions, streams that the guest echoes, downloads. Never enters: the guest's own view.
+//! Lives here: ping, what announces addresses, SSH sessions, streams that the guest echoes, downloads. Never enters: the guest's own view.
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::path::{Path, PathBuf};
@@ -104,6 +104,32 @@ impl Ping {
     pub fn lost(&self) -> usize {
         let answered = self.answered();
         answered.iter().max().map_or(0, |last| last - answered.len())
+    }
+}
+
+/// Announcements of MAC addresses in a namespace, as they are heard.
+#[derive(Debug)]
+pub struct Announcements {
+    program: Program,
+}
+
+impl Announcements {
+    /// Listens from now on; `program` is `announcements` of this package.
+    pub fn start(program: &str, at: &Namespace) -> Self {
+        let mut program = Program::start(&mut at.command(program));
+        program.goes_on(1);
+        Self { program }
+    }
+
+    /// How often an address was announced in this way, `rarp` or `garp`, so far; a frame counts on each interface that it passes.
+    pub fn heard(&self, way: &str, mac: &str) -> usize {
+        let wanted = format!("{way} {mac}");
+        self.program.lines().iter().filter(|line| **line == wanted).count()
+    }
+
+    /// Waits until an address is announced in this way.
+    pub fn hears(&self, way: &str, mac: &str) {
+        until(&format!("{way} of {mac}"), || (self.heard(way, mac) > 0).then_some(()));
     }
 }
 

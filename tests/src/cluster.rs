@@ -138,15 +138,20 @@ impl Cluster {
     /// Hosts with these names in the namespaces of a network, the first in its host 0 and so on.
     pub fn start_on(lan: &Lan, program: &str, hosts: &[&str], hold: &[&str]) -> Self {
         let mut cluster = Self::prepare(program, hosts, hold);
-        for (index, host) in cluster.hosts.iter_mut().enumerate() {
-            host.inside = Some(lan.host(index).words());
-            host.address = format!("{}:{AGENT_PORT}", Lan::address(index));
-        }
+        cluster.place_on(lan);
         for index in 0..hosts.len() {
             cluster.join(index);
         }
         cluster.acquainted();
         cluster
+    }
+
+    /// Gives the hosts of a cluster that was only prepared their places in the namespaces of a network.
+    pub fn place_on(&mut self, lan: &Lan) {
+        for (index, host) in self.hosts.iter_mut().enumerate() {
+            host.inside = Some(lan.host(index).words());
+            host.address = format!("{}:{AGENT_PORT}", Lan::address(index));
+        }
     }
 
     /// The relay of a cluster that was started with one.

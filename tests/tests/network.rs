@@ -1,7 +1,7 @@
 //! A guest on the network of two hosts: its clients notice nothing of moves, and what a host lacks is said before anything moves.
 
 use vmove::api::types::VmState;
-use vmove_tests::clients::Ping;
+use vmove_tests::clients::{Announcements, Ping};
 use vmove_tests::cluster::Cluster;
 use vmove_tests::guest::{Spec, VM};
 use vmove_tests::kvm;
@@ -9,6 +9,7 @@ use vmove_tests::netns::{BRIDGE, Lan, Namespace};
 use vmove_tests::wait::until;
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_vmove-under-test");
+const ANNOUNCEMENTS: &str = env!("CARGO_BIN_EXE_announcements");
 /// The guest's addresses.
 const IP: &str = "10.77.0.100";
 const MAC: &str = "52:54:00:00:00:64";
@@ -140,4 +141,90 @@ fn networks_that_a_host_lacks() {
     assert!(a.ip("link show mine").is_ok(), "a tap made by hand stays");
     cluster.vmove("b", &["stop", VM]).ok();
     assert!(taps(b).is_empty());
+}
+
+#[test]
+fn only_a_guest_that_goes_on_there_is_announced_be_it_moved_or_restored() {
+    const TEST: &str = "only_a_guest_that_goes_on_there_is_announced_be_it_moved_or_restored";
+    if !kvm::usable(TEST) {
+        return;
+    }
+    let Some(lan) = Lan::new(TEST, 2) else { return };
+    let (a, b) = (lan.host(0), lan.host(1));
+    // The target has all that it needs, the guest's tap in its bridge included; the source's word alone is missing.
+    let point = "target.tell-prepared";
+    let cluster = Cluster::start_on(&lan, PROGRAM, &["a", "b"], &[point]);
+    for host in [a, b] {
+        host.ip("link add br1 type bridge").unwrap();
+        host.ip("link set br1 up").unwrap();
+    }
+    let nets = [&format!("bridge={BRIDGE},mac={MAC}"), "bridge=br1"];
+    cluster.create("a", VM, &on_the_network(), &["--net", nets[0], "--net", nets[1]]).ok();
+    cluster.vmove("a", &["start", VM]).ok();
+    let ping = Ping::start(lan.switch(), IP);
+    ping.goes_on();
+
+    let at_b = Announcements::start(ANNOUNCEMENTS, b);
+    std::thread::scope(|scope| {
+        let moving = scope.spawn(|| cluster.vmove("a", &[VM, "--host", "b"]));
+        cluster.stops.reached(point);
+        assert_eq!(taps(b).len(), 2);
+        cluster.vmove("a", &["cancel", VM]).ok();
+        cluster.stops.release(point);
+        moving.join().unwrap().refused(130, &["cancelled"]);
+    });
+    until("the taps at the target being gone", || taps(b).is_empty().then_some(()));
+    ping.goes_on();
+    assert_eq!(at_b.heard("rarp", MAC), 0, "the guest never was there");
+
+    // It stops with its checkpoint and goes on at b, once that has what it needs: announced, its users find it there.
+    cluster.vmove("a", &["checkpoint", VM, "one", "--stop"]).ok();
+    cluster.until_state("a", VmState::Stopped);
+    cluster.vmove("a", &["rm", VM]).ok();
+    b.ip("link del br1").unwrap();
+    let lacking = ["network eth1: host b: there is no bridge br1"];
+    cluster.vmove("a", &["restore", VM, "one", "--host", "b"]).refused(1, &lacking);
+    assert!(taps(b).is_empty());
+    b.ip("link add br1 type bridge").unwrap();
+    b.ip("link set br1 up").unwrap();
+    cluster.vmove("a", &["restore", VM, "one", "--host", "b"]).ok();
+    at_b.hears("rarp", MAC);
+    ping.goes_on();
+    cluster.console("b").check();
+    let shown = cluster.vmove("b", &["show", VM]).ok();
+    assert!(shown.contains(&format!("network eth0: {MAC} on bridge {BRIDGE}")), "{shown}");
+
+    // As it is after a move.
+    let at_a = Announcements::start(ANNOUNCEMENTS, a);
+    cluster.relocate("b", &["--host", "a"]);
+    at_a.hears("rarp", MAC);
+    ping.goes_on();
+    cluster.console("a").check();
+}
+
+#[test]
+fn without_the_right_to_make_taps_networks_are_refused() {
+    const TEST: &str = "without_the_right_to_make_taps_networks_are_refused";
+    if !kvm::usable(TEST) {
+        return;
+    }
+    let Some(lan) = Lan::new(TEST, 2) else { return };
+    let mut cluster = Cluster::prepare(PROGRAM, &["a", "b"], &[]);
+    cluster.place_on(&lan);
+    // Host b's agent, and so its VMs, may do all but this.
+    let words = ["--", "setpriv", "--bounding-set=-net_admin"].map(str::to_owned);
+    cluster.hosts[1].inside.as_mut().unwrap().extend(words);
+    for index in [0, 1] {
+        cluster.join(index);
+    }
+    cluster.acquainted();
+    let net = format!("bridge={BRIDGE},mac={MAC}");
+    let said = ["network eth0: host b: no permission to make a tap", "CAP_NET_ADMIN is needed"];
+    cluster.create("b", "other", &Spec::default(), &["--net", &format!("bridge={BRIDGE}")]).ok();
+    cluster.vmove("b", &["start", "other"]).refused(1, &said);
+    cluster.create("a", VM, &on_the_network(), &["--net", &net]).ok();
+    cluster.vmove("a", &["start", VM]).ok();
+    cluster.vmove("a", &[VM, "--host", "b"]).refused(1, &said);
+    cluster.console("a").goes_on();
+    cluster.vmove("a", &["stop", VM]).ok();
 }
