@@ -3,18 +3,21 @@
 use std::collections::HashMap;
 use std::path::Path;
 use std::process::Command;
-use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, SystemTime};
+use std::sync::{PoisonError, RwLock};
+use std::thread;
+use std::time::{Duration, Instant, SystemTime};
 
 use vmove::api::types::VmState;
-use vmove_tests::clients::{EchoedStream, Ping, Program, Ssh, download};
+use vmove_tests::clients::{Announcements, EchoedStream, Ping, Program, Ssh, download};
 use vmove_tests::cluster::Cluster;
+use vmove_tests::console::Console;
 use vmove_tests::guest::VM;
 use vmove_tests::netns::{BRIDGE, CLIENT, Lan};
 use vmove_tests::wait::until;
 use vmove_tests::{kvm, linux};
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_vmove-under-test");
+const ANNOUNCEMENTS: &str = env!("CARGO_BIN_EXE_announcements");
 /// The guest's addresses.
 const IP: &str = "10.77.0.100";
 const MAC: &str = "52:54:00:00:00:64";
@@ -23,10 +26,52 @@ const PING_INTERVAL_MS: f64 = 200.0;
 /// What the host's slowness may explain beside what was measured before the move: here other tests and an emulated kernel share 2 cores.
 const NET: Duration = Duration::from_secs(3);
 
-/// Linux guests take their turns: what one sees of time, others would disturb.
-fn turn() -> MutexGuard<'static, ()> {
-    static TURN: Mutex<()> = Mutex::new(());
-    TURN.lock().unwrap_or_else(PoisonError::into_inner)
+/// Held for writing while a guest's view of time is looked at, which others would disturb; for reading while one boots, or does what
+/// takes as long as it takes.
+static QUIET: RwLock<()> = RwLock::new(());
+
+/// Runs what may be done beside other guests.
+fn beside_others<T>(act: impl FnOnce() -> T) -> T {
+    let _guard = QUIET.read().unwrap_or_else(PoisonError::into_inner);
+    act()
+}
+
+/// Seconds since 1970 by the host's clock.
+fn now() -> f64 {
+    SystemTime::UNIX_EPOCH.elapsed().unwrap().as_secs_f64()
+}
+
+/// How far the guest's wall clock is behind the host's, by the word of its shell: at least and at most, seconds.
+fn lag(console: &Console) -> (f64, f64) {
+    let said = |lines: &[String]| -> Vec<f64> {
+        lines.iter().filter_map(|line| line.trim_end().strip_prefix("wall=")?.parse().ok()).collect()
+    };
+    let seen = console.wait("its lines", |lines| Some(said(lines).len()));
+    let asked = now();
+    console.type_in(b"date +wall=%s\n");
+    let wall = console.wait("the guest's wall clock", |lines| said(lines).get(seen).copied());
+    // It says whole seconds, and read its clock at some time between the question and now.
+    (asked - wall - 1.0, now() - wall)
+}
+
+/// Sets the guest's wall clock, as its NTP client would. A Linux kernel counts timer ticks before it has found its clock, and one that
+/// is emulated, and so slow that ticks are lost, comes out of its boot some seconds behind.
+fn set_clock(console: &Console) {
+    let (mut least, mut most) = lag(console);
+    println!("wall clock {least:.1} to {most:.1} s behind after the boot");
+    while least > 1.0 || most < -1.0 || most - least > 3.0 {
+        console
+            .type_in(format!("date -s @$(($(date +%s) + {}))\n", (least.midpoint(most)).round()).as_bytes());
+        (least, most) = lag(console);
+    }
+}
+
+/// The guest's wall clock is the host's, but for what was left by [`set_clock`].
+fn assert_clock_right(console: &Console) {
+    let (least, most) = lag(console);
+    println!("wall clock {least:.1} to {most:.1} s behind");
+    let net = NET.as_secs_f64();
+    assert!(least <= net && most >= -net, "the wall clock is {least:.1} to {most:.1} s behind");
 }
 
 /// A move that ends well; asserts what `ping` makes of it.
@@ -64,7 +109,8 @@ fn behind(program: &mut Program) -> i128 {
 }
 
 /// A guest that does nothing but sleep, for 1 to 1000 ms, on 2 vCPUs.
-fn timers_go_on(cluster: &Cluster, ssh: &Ssh<'_>, ping: &Ping) {
+fn timers_go_on(cluster: &Cluster, lan: &Lan, ssh: &Ssh<'_>, ping: &Ping) {
+    set_clock(&cluster.console("a"));
     let mut program = ssh.start("exec witness timers");
     program.goes_on(2);
     let behind_before = behind(&mut program);
@@ -74,7 +120,12 @@ fn timers_go_on(cluster: &Cluster, ssh: &Ssh<'_>, ping: &Ping) {
     };
     let usual = worst(&before, "late_us").max(worst(&before, "due_us"));
 
+    let announcements = Announcements::start(ANNOUNCEMENTS, lan.host(1));
     let downtime_ms = relocate(cluster, ping, "a", &["--host", "b", "--datastore", "bulk"]);
+    // For the guest, and by the guest itself, which was asked to (GUEST_ANNOUNCE).
+    announcements.hears("rarp", MAC);
+    announcements.hears("garp", MAC);
+    drop(announcements);
     let behind_after = behind(&mut program);
     let after: Vec<_> = program.lines()[1 + before.len()..].iter().map(|line| timers(line)).collect();
     let (late, due) = (worst(&after, "late_us"), worst(&after, "due_us"));
@@ -92,6 +143,7 @@ fn timers_go_on(cluster: &Cluster, ssh: &Ssh<'_>, ping: &Ping) {
     assert!(last["sleeps"] > before.last().unwrap()["sleeps"]);
     let net = NET.as_millis() as i128;
     assert!((behind_after - behind_before).abs() <= net, "the wall clock is {behind_after} ms behind");
+    assert_clock_right(&cluster.console("b"));
 }
 
 /// The numbers of a counting program: each once and in order.
@@ -175,17 +227,19 @@ fn users_of_a_linux_guest_notice_nothing_of_moves() {
         return;
     }
     let Some(mut lan) = Lan::new(TEST, 2) else { return };
-    let _turn = turn();
     let cluster = Cluster::start_on(&lan, PROGRAM, &["a", "b"], &[]);
     let words = format!("ip={IP}::{CLIENT}:255.255.255.0:guest:eth0:off");
     cluster.create_linux("a", 2, &words, &["--net", &format!("bridge={BRIDGE},mac={MAC}")]).ok();
-    cluster.vmove("a", &["start", VM]).ok();
-    linux::booted(&cluster.console("a"), 0);
+    beside_others(|| {
+        cluster.vmove("a", &["start", VM]).ok();
+        linux::booted(&cluster.console("a"), 0);
+    });
+    let quiet = QUIET.write().unwrap_or_else(PoisonError::into_inner);
     let ping = Ping::start(lan.switch(), IP);
     ping.goes_on();
 
     let ssh = Ssh::new(lan.switch(), IP);
-    timers_go_on(&cluster, &ssh, &ping);
+    timers_go_on(&cluster, &lan, &ssh, &ping);
     sessions_live_on(&cluster, &lan, &ssh, &ping);
     let data = files_stay_whole(&cluster, &lan, &ssh, &ping);
     let mut counter = ssh.start("exec witness count 200");
@@ -199,7 +253,7 @@ fn users_of_a_linux_guest_notice_nothing_of_moves() {
     ping.goes_on();
     assert_eq!(ping.lost(), lost);
     assert_counted(&counter.goes_on(20));
-    drop(counter);
+    drop((counter, quiet));
 
     // Rebooted from inside, stopped by its power button.
     let console = cluster.console("b");
@@ -217,23 +271,44 @@ fn users_of_a_linux_guest_notice_nothing_of_moves() {
 }
 
 #[test]
-fn a_linux_guest_on_the_move_switches_itself_off_cleanly() {
-    if !kvm::usable("a_linux_guest_on_the_move_switches_itself_off_cleanly") {
+fn a_linux_guest_on_the_move_or_restored_goes_on_and_switches_itself_off_cleanly() {
+    if !kvm::usable("a_linux_guest_on_the_move_or_restored_goes_on_and_switches_itself_off_cleanly") {
         return;
     }
-    let _turn = turn();
     let cluster = Cluster::start(PROGRAM, &["a", "b"], &[]);
     cluster.create_linux("a", 1, "", &[]).ok();
-    cluster.vmove("a", &["start", VM]).ok();
-    let console = cluster.console("a");
-    linux::booted(&console, 0);
-    console.type_in(b"witness write /file &\n");
+    beside_others(|| {
+        cluster.vmove("a", &["start", VM]).ok();
+        linux::booted(&cluster.console("a"), 0);
+    });
+    beside_others(|| switched_off_from_inside(&cluster));
+}
+
+/// A guest that writes goes from a to b by a move, on from a checkpoint, and switches itself off.
+fn switched_off_from_inside(cluster: &Cluster) {
     let synced = |lines: &[String]| lines.iter().filter(|line| line.starts_with("synced n=")).count();
-    console.wait("blocks on the disk", |lines| (synced(lines) > 3).then_some(()));
+    let goes_on = |console: &Console| {
+        let so_far = console.wait("its lines", |lines| Some(synced(lines)));
+        console.wait("further blocks on the disk", |lines| (synced(lines) > so_far + 3).then_some(()));
+    };
+    let console = cluster.console("a");
+    set_clock(&console);
+    console.type_in(b"witness write /file &\n");
+    goes_on(&console);
     cluster.relocate("a", &["--host", "b", "--datastore", "bulk"]);
     let console = cluster.console("b");
-    let so_far = console.wait("its lines", |lines| Some(synced(lines)));
-    console.wait("further blocks on the disk", |lines| (synced(lines) > so_far + 3).then_some(()));
+    goes_on(&console);
+
+    cluster.vmove("b", &["checkpoint", VM, "one", "--stop"]).ok();
+    let began = Instant::now();
+    cluster.until_state("b", VmState::Stopped);
+    // Long enough to tell a clock that has stood still from one that is right.
+    thread::sleep((NET * 3).saturating_sub(began.elapsed()));
+    cluster.vmove("b", &["restore", VM, "one"]).ok();
+    let console = cluster.console("b");
+    goes_on(&console);
+    assert_clock_right(&console);
+
     console.type_in(b"kill %1; wait; witness check /file; poweroff\n");
     let newest = |line: &String| line.strip_prefix("synced n=")?.parse::<u64>().ok();
     let (synced, checked): (u64, u64) = console.wait("the check of the file", |lines| {
