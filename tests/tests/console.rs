@@ -47,6 +47,15 @@ impl Output {
     }
 }
 
+/// Sets its flag when it is dropped.
+struct Set<'a>(&'a AtomicBool);
+
+impl Drop for Set<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::SeqCst);
+    }
+}
+
 /// A running `vmove console`.
 struct Client {
     process: Child,
@@ -220,6 +229,8 @@ fn nothing_is_lost_or_doubled_while_the_vm_moves_there_and_back() {
         let (from, to) = if n % 2 == 0 { ("a", "b") } else { ("b", "a") };
         near.goes_on();
         thread::scope(|scope| {
+            // Also when the move fails: the test does not end before its thread does.
+            let _done = Set(&enough);
             // In all phases of the move, the pause included.
             let (enough, near) = (&enough, &mut near);
             scope.spawn(move || {
@@ -230,7 +241,6 @@ fn nothing_is_lost_or_doubled_while_the_vm_moves_there_and_back() {
             });
             let report = cluster.relocate(from, &["--host", to]);
             println!("move {n}: pause {} ms", report.downtime_ms);
-            enough.store(true, Ordering::SeqCst);
         });
         enough.store(false, Ordering::SeqCst);
         near.goes_on();
