@@ -138,6 +138,14 @@ impl BlockError {
         }
     }
 
+    /// The system's error number, if there is one.
+    pub fn os_error(&self) -> Option<i32> {
+        match self {
+            Self::Io { source, .. } => source.raw_os_error(),
+            _ => None,
+        }
+    }
+
     /// Whether the disk or quota below is full, which an operator can mend while the guest waits.
     pub fn is_no_space(&self) -> bool {
         matches!(self.io_kind(), Some(io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded))

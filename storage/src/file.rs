@@ -18,6 +18,7 @@ use imago::storage::drivers::CommonStorageHelper;
 use imago::storage::{PreallocateMode, Storage};
 use io_uring::{opcode, squeue, types};
 
+use crate::faults;
 use crate::ring::{Hold, OnDrop, Op, Ring, RingCore};
 use crate::thread_bound::ThreadBound;
 
@@ -161,6 +162,7 @@ impl UringFile {
     }
 
     async fn fallocate(&self, mode: i32, offset: u64, len: u64) -> io::Result<()> {
+        faults::check(&self.path, "write", offset, len)?;
         loop {
             let build = |target| {
                 on_target!(target, |fd| opcode::Fallocate::new(fd, len).offset(offset).mode(mode).build())
@@ -216,6 +218,7 @@ impl Storage for UringFile {
     }
 
     async unsafe fn pure_readv(&self, mut bufv: IoVectorMut<'_>, mut offset: u64) -> io::Result<()> {
+        faults::check(&self.path, "read", offset, bufv.len())?;
         while !bufv.is_empty() {
             // SAFETY: the list is used while `bufv`, and the memory it borrows, is alive.
             let segments = first_segments(unsafe { bufv.as_iovec() });
@@ -241,6 +244,7 @@ impl Storage for UringFile {
     }
 
     async unsafe fn pure_writev(&self, mut bufv: IoVector<'_>, mut offset: u64) -> io::Result<()> {
+        faults::check(&self.path, "write", offset, bufv.len())?;
         while !bufv.is_empty() {
             // SAFETY: the list is used while `bufv`, and the memory it borrows, is alive.
             let segments = first_segments(unsafe { bufv.as_iovec() });
@@ -289,6 +293,7 @@ impl Storage for UringFile {
     }
 
     async fn sync(&self) -> io::Result<()> {
+        faults::check(&self.path, "sync", 0, u64::MAX)?;
         loop {
             let build = |target| {
                 on_target!(target, |fd| opcode::Fsync::new(fd).flags(types::FsyncFlags::DATASYNC).build())

@@ -17,6 +17,7 @@ pub mod datastore;
 pub mod device;
 mod durable;
 pub mod error;
+mod faults;
 pub mod file;
 mod gate;
 pub mod header;

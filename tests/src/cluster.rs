@@ -12,6 +12,7 @@ use std::sync::atomic::{AtomicU8, Ordering};
 use serde::de::DeserializeOwned;
 use tempfile::TempDir;
 
+use crate::faults::Faults;
 use crate::netns::Lan;
 use crate::processes;
 use crate::relay::Relay;
@@ -110,6 +111,8 @@ pub struct Cluster {
     pub stops: Stops,
     /// What stands between the VM processes of a move, if anything does.
     pub relay: Option<Relay>,
+    /// What makes disks fail, if anything does.
+    pub faults: Option<Faults>,
     dir: TempDir,
 }
 
@@ -135,6 +138,17 @@ impl Cluster {
         cluster
     }
 
+    /// The same with disks that can be made to fail.
+    pub fn start_with_faults(program: &str, hosts: &[&str]) -> Self {
+        let mut cluster = Self::prepare(program, hosts, &[]);
+        cluster.faults = Some(Faults::new(&cluster.dir.path().join("faults")));
+        for index in 0..hosts.len() {
+            cluster.join(index);
+        }
+        cluster.acquainted();
+        cluster
+    }
+
     /// Hosts with these names in the namespaces of a network, the first in its host 0 and so on.
     pub fn start_on(lan: &Lan, program: &str, hosts: &[&str], hold: &[&str]) -> Self {
         let mut cluster = Self::prepare(program, hosts, hold);
@@ -152,6 +166,16 @@ impl Cluster {
             host.inside = Some(lan.host(index).words());
             host.address = format!("{}:{AGENT_PORT}", Lan::address(index));
         }
+    }
+
+    /// The faults of a cluster that was started with them.
+    pub fn faults(&self) -> &Faults {
+        self.faults.as_ref().unwrap_or_else(|| panic!("this cluster has no faults"))
+    }
+
+    /// The process id of a host's agent.
+    pub fn agent_process(&self, host: &str) -> u32 {
+        self.host(host).agent.as_ref().unwrap_or_else(|| panic!("{host} has no agent")).id()
     }
 
     /// The relay of a cluster that was started with one.
@@ -179,6 +203,7 @@ impl Cluster {
             hosts,
             stops: Stops::new(&path.join("stops"), hold),
             relay: None,
+            faults: None,
             dir,
         }
     }
@@ -268,6 +293,7 @@ impl Cluster {
         };
         command.args(["agent", "--state"]).arg(&host.state).envs(self.stops.environment());
         command.envs(self.relay.iter().map(Relay::environment));
+        command.envs(self.faults.iter().map(Faults::environment));
         let mut agent = command.stdout(log.try_clone().unwrap()).stderr(log).spawn().unwrap();
         until(&format!("the agent of {}", host.name), || {
             assert!(agent.try_wait().unwrap().is_none(), "the agent of {} ended: {}", host.name, self.logs());

@@ -8,6 +8,7 @@
 //! | [`clients`] | users of a guest: ping, SSH, echoed streams, downloads |
 //! | [`console`] | what the guest says, parsed, waited for |
 //! | [`stops`] | holding a move between two of its steps |
+//! | [`faults`] | disks that fail on demand |
 //! | [`relay`] | standing between the two sides of a move: cutting, holding, damaging its connections |
 //! | [`runners`] | the watch for two runners of one VM |
 //! | [`netns`] | hosts with networks of their own, joined by a switch |
@@ -27,6 +28,7 @@ pub mod clients;
 pub mod cluster;
 pub mod console;
 pub mod decoders;
+pub mod faults;
 pub mod guest;
 pub mod images;
 pub mod kvm;

@@ -159,7 +159,7 @@ fn frames() -> Vec<(&'static str, Vec<u8>)> {
         ("pages", pages.encode().expect("a frame")),
         ("write", write.encode().expect("a frame")),
         ("discard", discard.encode().expect("a frame")),
-        ("block-ack", BlockAck { seq: 1, done: true }.encode().expect("a frame")),
+        ("block-ack", BlockAck { seq: 1, result: Ok(()) }.encode().expect("a frame")),
     ]
 }
 

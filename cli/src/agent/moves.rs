@@ -122,7 +122,11 @@ impl Agent {
         let begun = match &target {
             Some(host) => match self.prepare_target(vm, &draft, host).await {
                 Ok(listening) => self.order(vm, &draft, Some(listening), copies).await,
-                Err(error) => Err(error),
+                Err(error) if error.message.contains(&format!("host {host}")) => Err(error),
+                Err(error) => {
+                    let message = format!("host {host}: {}", error.message);
+                    Err(ApiError { message, ..error })
+                }
             },
             None => {
                 let (agent, owner, places) = (self.clone(), name.to_owned(), copies.clone());

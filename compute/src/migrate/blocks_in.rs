@@ -20,7 +20,7 @@ use vmove_mirror::{
     ledger::{BlocksProof, BlocksTally},
     wire::{
         WireError,
-        blocks::{BlockAck, BlockHead, BlockOp},
+        blocks::{BlockAck, BlockHead, BlockOp, Failure},
         frame::Kind,
     },
 };
@@ -278,8 +278,8 @@ async fn serve(
             Command::Apply(op, data, acks) => {
                 if op.op == BlockOp::Flush {
                     in_flight.idle().await;
-                    let done = report(op, device.flush().await);
-                    let _ = acks.send(BlockAck { seq: op.seq, done });
+                    let result = report(op, device.flush().await);
+                    let _ = acks.send(BlockAck { seq: op.seq, result });
                     let _ = spend.try_recv();
                     continue;
                 }
@@ -292,7 +292,7 @@ async fn serve(
                         (BlockOp::Discard, _) => device.discard(op.offset, op.len).await,
                         _ => device.write_zeroes(op.offset, op.len, false).await,
                     };
-                    let _ = acks.send(BlockAck { seq: op.seq, done: report(op, result) });
+                    let _ = acks.send(BlockAck { seq: op.seq, result: report(op, result) });
                     counter.end_one();
                     // Only now: a source that does not wait for answers must not fill this host's memory.
                     let _ = spend.try_recv();
@@ -322,11 +322,12 @@ async fn serve(
     in_flight.idle().await;
 }
 
-fn report(op: BlockHead, result: Result<(), BlockError>) -> bool {
-    if let Err(error) = &result {
+fn report(op: BlockHead, result: Result<(), BlockError>) -> Result<(), Failure> {
+    result.map_err(|error| {
         tracing::error!(%error, offset = op.offset, bytes = op.len, "the arriving image cannot be written");
-    }
-    result.is_ok()
+        let number = error.os_error().and_then(|number| u32::try_from(number).ok());
+        Failure { error: number.filter(|number| *number <= Failure::MAX).unwrap_or(0) }
+    })
 }
 
 async fn finish(device: &BlockDevice, audit: bool) -> Result<Finished, BlockError> {

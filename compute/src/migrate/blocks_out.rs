@@ -32,7 +32,7 @@ use vmove_mirror::{
 use vmove_storage::{AlignedBuf, BlockDevice, BlockError, BlockStatus, Ring};
 
 use super::{
-    MoveError, audit,
+    MoveError, audit, disk_trouble,
     inbox::{Inbox, Outbox},
     link::{Link, LinkCloser, LinkReceiver, LinkSender},
     pace::Pace,
@@ -91,11 +91,11 @@ pub struct BlocksOut {
 type Waiting = Arc<Mutex<BTreeMap<u64, Instant>>>;
 
 impl BlocksOut {
-    /// Puts a mirror on `disk` (number `index` of the plan) and starts copying to the target behind `link`.
+    /// Puts a mirror on `disk` (number `index` of the plan) and starts copying to the target behind `link`, which errors call `to`.
     pub fn start(
         disk: &DiskHandle,
         index: usize,
-        link: Link,
+        (link, to): (Link, String),
         pace: Arc<Pace>,
         events: Sender<source::Event>,
     ) -> Result<Self, MoveError> {
@@ -113,11 +113,14 @@ impl BlocksOut {
         let wire = this.connect(link)?;
         let (stats, waiting, events) =
             (Arc::clone(&this.stats), Arc::clone(&this.waiting), this.events.clone());
-        let size = disk.size();
+        let (size, name) = (disk.size(), disk.name().to_owned());
         disk.run(Box::new(move |context| {
             Box::pin(async move {
                 let tap = Rc::new(Tap {
                     index,
+                    name,
+                    to,
+                    trouble: RefCell::default(),
                     mirror: RefCell::new(BlockMirror::new(size)),
                     device: context.path().device(),
                     ring: Rc::clone(context.ring()),
@@ -312,6 +315,10 @@ struct Guest {
 /// The mirror on the disk's thread.
 struct Tap {
     index: usize,
+    name: String,
+    to: String,
+    /// The first thing that went wrong since all was well.
+    trouble: RefCell<Option<String>>,
     mirror: RefCell<BlockMirror>,
     device: Rc<BlockDevice>,
     ring: Rc<Ring>,
@@ -334,7 +341,13 @@ impl Tap {
         self.ring.spawn(async move { mapper.map().await });
         while let Some(command) = outbox.next(&self.ring).await {
             match command {
-                Command::Acked(ack) => self.step(Event::Acked { seq: ack.seq, done: ack.done }),
+                Command::Acked(ack) => {
+                    if let Err(failure) = ack.result {
+                        let place = self.mirror.borrow().place_of(ack.seq);
+                        self.note(disk_trouble::at_target(&self.name, &self.to, place, failure));
+                    }
+                    self.step(Event::Acked { seq: ack.seq, done: ack.result.is_ok() });
+                }
                 Command::Away => {
                     self.step(Event::TargetAway);
                     // The stream's thread ends when nothing feeds it.
@@ -379,11 +392,16 @@ impl Tap {
                     }
                     at += len;
                 }
-                Ok(_) => return self.fail("its allocation map ends early".into()),
-                Err(error) => return self.fail(format!("its allocation map cannot be read: {error}")),
+                Ok(_) => return self.fail(format!("disk {}: its allocation map ends early", self.name)),
+                Err(error) => return self.fail(disk_trouble::at_source(&self.name, (at, size - at), &error)),
             }
         }
         self.step(Event::Mapped);
+    }
+
+    fn note(&self, trouble: String) {
+        tracing::warn!(trouble, "the copy of a disk");
+        self.trouble.borrow_mut().get_or_insert(trouble);
     }
 
     fn fail(&self, why: String) {
@@ -430,8 +448,23 @@ impl Tap {
                 }
                 Action::CopyDone { id } => drop(self.copies.borrow_mut().remove(&id)),
                 Action::Report(state) => {
-                    if state == State::Failed {
-                        tracing::warn!(disk = self.index, "the mirror has failed; the guest goes on alone");
+                    let trouble = match state {
+                        State::Failed => {
+                            tracing::warn!(
+                                disk = self.name,
+                                "the mirror has failed; the guest goes on alone"
+                            );
+                            self.trouble.take()
+                        }
+                        State::Synced => {
+                            self.trouble.take();
+                            None
+                        }
+                        _ => None,
+                    };
+                    // Before the state, which says only that it failed.
+                    if let Some(why) = trouble {
+                        self.fail(why);
                     }
                     let _ = self.events.send(source::Event::Disk { index: self.index, state });
                 }
@@ -481,7 +514,7 @@ impl Tap {
                 self.step(Event::CopyRead { id, pieces });
             }
             Err(error) => {
-                tracing::warn!(%error, offset, "cannot read for the copy");
+                self.note(disk_trouble::at_source(&self.name, (offset, len), &error));
                 self.step(Event::CopyFailed { id });
             }
         }

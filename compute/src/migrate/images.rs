@@ -37,7 +37,7 @@ pub fn make(path: &Path, shape: &ImageShape, vm: &str, generation: u64) -> Resul
         remove(path);
     }
     if path.exists() {
-        let exists = std::io::Error::from(ErrorKind::AlreadyExists);
+        let exists = std::io::Error::from_raw_os_error(libc::EEXIST);
         return Err(MoveError::io(format!("make image {}", path.display()))(exists));
     }
     let spec = ImageSpec {

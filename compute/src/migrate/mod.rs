@@ -14,6 +14,7 @@ mod audit;
 mod blocks_in;
 mod blocks_out;
 mod detour;
+mod disk_trouble;
 mod images;
 mod inbox;
 mod journal;

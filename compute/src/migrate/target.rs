@@ -30,7 +30,7 @@ use vmove_storage::OwnerState;
 use super::{
     MAX_MESSAGES, MoveError, VmJournal, audit,
     blocks_in::{BlocksIn, Image},
-    images,
+    disk_trouble, images,
     link::{LinkCloser, LinkReceiver, LinkSender},
     listen::{Links, Listener},
     pages_in::PagesIn,
@@ -98,6 +98,10 @@ struct Driver {
     closed: Arc<AtomicBool>,
     /// No connection is in use.
     unlinked: bool,
+    /// Why images or memory could not be made: the source is told once it has called.
+    unmade: Option<String>,
+    /// Connections that nothing here serves; open, so that the source hears what it is told before it hears their end.
+    unserved: Links,
     /// What the threads of ended connections still had to say; heard before anything else.
     late: VecDeque<Event>,
     /// When the source must have called.
@@ -167,6 +171,8 @@ impl TargetMove {
             made: Arc::default(),
             closed: Arc::default(),
             unlinked: true,
+            unmade: None,
+            unserved: Links::new(),
             late: VecDeque::new(),
             deadline: None,
             prepared: None,
@@ -233,7 +239,8 @@ impl Driver {
             Ok(event) => Some(event),
             Err(RecvTimeoutError::Timeout) => {
                 self.deadline = None;
-                Some(Event::Failed("the source has not called in time".into()))
+                let unmade = self.unmade.take();
+                Some(Event::Failed(unmade.unwrap_or_else(|| "the source has not called in time".into())))
             }
             Err(RecvTimeoutError::Disconnected) => None,
         }
@@ -254,6 +261,9 @@ impl Driver {
             Ok(actions) => {
                 self.unlinked = false;
                 self.deadline = None;
+                if let Some(why) = self.unmade.take() {
+                    self.post(Event::Failed(why));
+                }
                 actions
             }
             Err(error) => engine.step(error.into_target_event()),
@@ -282,7 +292,8 @@ impl Driver {
             let lost = move |error: MoveError| drop(events.send(error.into_target_event()));
             arrival.connect(take(Role::Disk(i as u8))?, lost)?;
         }
-        let events = events.clone();
+        self.unserved = links;
+        let events = self.task.events.0.clone();
         let reader = thread::Builder::new()
             .name("control".into())
             .spawn(move || listen_to_source(receiver, &events))
@@ -322,7 +333,7 @@ impl Driver {
     fn open(&mut self) -> Result<(), MoveError> {
         let Some(listener) = self.task.listener.take() else { return Ok(()) };
         let mut roles = vec![Role::Control, Role::Pages(0)];
-        roles.extend((0..self.disks.len()).map(|i| Role::Disk(i as u8)));
+        roles.extend((0..self.task.disks.len()).map(|i| Role::Disk(i as u8)));
         let (made, closed, events) =
             (Arc::clone(&self.made), Arc::clone(&self.closed), self.task.events.0.clone());
         self.deadline = Some(Instant::now() + CONNECT);
@@ -360,10 +371,10 @@ impl Driver {
                     Err(error) => Event::JournalFailed(error.to_string()),
                 });
             }
-            Action::MakeImages => {
-                let made = self.make();
-                self.answer(made.map(|()| Event::ImagesReady));
-            }
+            Action::MakeImages => match self.make() {
+                Ok(()) => self.post(Event::ImagesReady),
+                Err(error) => self.unmade(error.to_string()),
+            },
             Action::Await => self.end_connections(),
             Action::Tell(message) => self.tell(&message),
             Action::LoadState(bytes) => {
@@ -417,7 +428,8 @@ impl Driver {
             let shape = task.spec.images.iter().find(|shape| shape.name == place.name).ok_or_else(|| {
                 MoveError::Machine(format!("the structure of disk {} was not announced", place.name))
             })?;
-            images::make(&place.path, shape, &task.vm.name, task.generation)?;
+            images::make(&place.path, shape, &task.vm.name, task.generation)
+                .map_err(|error| MoveError::Machine(disk_trouble::at_creation(place, &error)))?;
             let disk = DiskHandle::open(&place.name, &place.path, images::filling(shape))
                 .map_err(|e| MoveError::Machine(e.to_string()))?;
             self.disks.push(disk);
@@ -429,6 +441,18 @@ impl Driver {
         self.pages = Some(PagesIn::new(ram.clone()));
         self.ram = Some(ram);
         self.open()
+    }
+
+    /// Images or memory could not be made. The source is let in all the same, to be told why; one that does not call is not waited for
+    /// longer than any other.
+    fn unmade(&mut self, why: String) {
+        match self.open() {
+            Ok(()) => self.unmade = Some(why),
+            Err(error) => {
+                tracing::warn!(%error, "the source cannot be told why it is refused");
+                self.post(Event::Failed(why));
+            }
+        }
     }
 
     fn tell(&mut self, message: &TargetMsg) {

@@ -297,6 +297,14 @@ impl BlockMirror {
         self.stats
     }
 
+    /// Where an operation lies that is sent and not answered: first byte and length. None for a flush.
+    pub fn place_of(&self, seq: u64) -> Option<(u64, u64)> {
+        match self.sent.get(&seq)? {
+            OpId::Guest(id) => self.guests.get(id).map(|guest| (guest.offset, guest.len)),
+            OpId::Copy(id) => self.copies.get(id).map(|copy| (copy.offset, copy.len)),
+        }
+    }
+
     /// Takes an event, gives what is to be done, in order.
     pub fn step(&mut self, event: Event) -> Vec<Action> {
         let mut out = Vec::new();

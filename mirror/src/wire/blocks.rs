@@ -1,6 +1,6 @@
 //! Frames of block operations on one disk, and their acknowledgements.
 //!
-//! Head of an operation: `seq u64 | op u32 | zero u32 | offset u64 | len u64 | sum u64`. Acknowledgement: `seq u64 | status u32 | zero u32`.
+//! Head of an operation: `seq u64 | op u32 | zero u32 | offset u64 | len u64 | sum u64`. Acknowledgement: `seq u64 | status u32 | error u32`.
 
 use super::{Reader, WireError, frame};
 
@@ -91,8 +91,20 @@ impl BlockHead {
 pub struct BlockAck {
     /// Which operation.
     pub seq: u64,
-    /// Whether it was done; a failed operation leaves its range undefined on the target.
-    pub done: bool,
+    /// A failed operation leaves its range undefined on the target.
+    pub result: Result<(), Failure>,
+}
+
+/// Why a block operation was not done.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Failure {
+    /// The target system's error number (errno(3)); 0 = it is none of the system's.
+    pub error: u32,
+}
+
+impl Failure {
+    /// Largest error number: Linux returns them as the last 4095 values of a machine word.
+    pub const MAX: u32 = 4095;
 }
 
 impl BlockAck {
@@ -100,19 +112,22 @@ impl BlockAck {
     pub fn encode(&self) -> Result<Vec<u8>, WireError> {
         let mut head = Vec::with_capacity(16);
         head.extend(self.seq.to_le_bytes());
-        head.extend(u32::from(!self.done).to_le_bytes());
-        head.extend([0; 4]);
+        let (status, error) = self.result.map_or_else(|failure| (1u32, failure.error), |()| (0, 0));
+        head.extend(status.to_le_bytes());
+        head.extend(error.to_le_bytes());
         frame::encode(frame::Kind::BlockAck, &head, 0)
     }
 
     /// Reads an acknowledgement.
     pub fn decode(head: &[u8]) -> Result<Self, WireError> {
         let mut reader = Reader(head);
-        let (seq, status) = (reader.u64()?, reader.u64()?);
+        let (seq, status, error) = (reader.u64()?, reader.u32()?, reader.u32()?);
         reader.end()?;
-        match status {
-            0 | 1 => Ok(Self { seq, done: status == 0 }),
-            value => Err(WireError::Unknown { what: "block status", value }),
+        match (status, error) {
+            (0, 0) => Ok(Self { seq, result: Ok(()) }),
+            (1, ..=Failure::MAX) => Ok(Self { seq, result: Err(Failure { error }) }),
+            (0 | 1, error) => Err(WireError::Unknown { what: "error number", value: error.into() }),
+            (status, _) => Err(WireError::Unknown { what: "block status", value: status.into() }),
         }
     }
 }
@@ -140,6 +155,21 @@ mod tests {
         assert_eq!(reread(flush, 8192), Ok(flush));
         let discard = BlockHead { seq: 2, op: BlockOp::Discard, offset: 0, len: 1 << 40 };
         assert_eq!(reread(discard, 1 << 40), Ok(discard));
+    }
+
+    #[test]
+    fn failures_arrive_with_their_number() {
+        for result in
+            [Ok(()), Err(Failure { error: 0 }), Err(Failure { error: 28 }), Err(Failure { error: 4095 })]
+        {
+            let ack = BlockAck { seq: 7, result };
+            assert_eq!(BlockAck::decode(&ack.encode().unwrap()[24..]), Ok(ack));
+        }
+        let bad = BlockAck { seq: 7, result: Err(Failure { error: 4096 }) };
+        assert!(BlockAck::decode(&bad.encode().unwrap()[24..]).is_err());
+        let mut odd = BlockAck { seq: 7, result: Ok(()) }.encode().unwrap()[24..].to_vec();
+        odd[12] = 1;
+        assert!(BlockAck::decode(&odd).is_err(), "an error number without a failure");
     }
 
     proptest! {

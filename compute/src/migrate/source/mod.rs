@@ -521,8 +521,15 @@ impl Driver {
                 .machine
                 .disk(&shape.name)
                 .ok_or_else(|| MoveError::Machine(format!("the VM has no disk {}", shape.name)))?;
-            let started =
-                BlocksOut::start(disk, index, link, Arc::clone(&self.pace), self.task.events.clone());
+            let order = &self.task.order;
+            let copy = order.copies.iter().find(|copy| copy.name == shape.name);
+            let to = format!(
+                "host {}, datastore {}",
+                order.to.host,
+                copy.map_or(order.to.datastore.as_str(), |copy| copy.datastore.as_str())
+            );
+            let (pace, events) = (Arc::clone(&self.pace), self.task.events.clone());
+            let started = BlocksOut::start(disk, index, (link, to), pace, events);
             match started {
                 Ok(mirror) => mirrors.push(mirror),
                 Err(error) => {

@@ -7,7 +7,7 @@ use std::collections::VecDeque;
 use vmove_mirror::{
     ledger::BlocksTally,
     source, target,
-    wire::blocks::{BlockAck, BlockHead, BlockOp},
+    wire::blocks::{BlockAck, BlockHead, BlockOp, Failure},
 };
 
 use super::{
@@ -203,7 +203,9 @@ impl World {
         match answer {
             Some(seq) => {
                 if let Some(conn) = conn
-                    && let Ok(bytes) = (BlockAck { seq, done: !fails }).encode()
+                    && let Ok(bytes) =
+                        (BlockAck { seq, result: if fails { Err(Failure { error: 0 }) } else { Ok(()) } })
+                            .encode()
                 {
                     self.send(conn, 1, Packet::Frame { bytes, data: Vec::new() });
                 }

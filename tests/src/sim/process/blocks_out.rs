@@ -230,7 +230,7 @@ impl World {
         });
         match acked {
             Ok(ack) => {
-                let done = ack.done || self.mutation == Some(Mutation::TrustFailedBlocks);
+                let done = ack.result.is_ok() || self.mutation == Some(Mutation::TrustFailedBlocks);
                 self.mirror_told(pid, disk, Event::Acked { seq: ack.seq, done });
             }
             Err(why) => self.disk_away(pid, disk, source::Event::Failed(why)),
