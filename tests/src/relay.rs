@@ -179,7 +179,10 @@ fn serve(near: TcpStream, state: &Mutex<State>, generation: u64) -> io::Result<(
         line.extend(byte);
     }
     let meant = String::from_utf8_lossy(&line).trim().parse::<SocketAddr>().map_err(io::Error::other)?;
-    let far = TcpStream::connect_timeout(&meant, Duration::from_secs(10))?;
+    let far = TcpStream::connect_timeout(&meant, Duration::from_secs(10));
+    let refused = matches!(&far, Err(error) if error.kind() == ErrorKind::ConnectionRefused);
+    gate.write(&near, &[u8::from(refused)])?;
+    let far = far?;
     tune(&far)?;
     lock(state).served += 1;
     thread::scope(|scope| {
@@ -320,6 +323,8 @@ mod tests {
         let mut stream = TcpStream::connect(relay.address).unwrap();
         stream.write_all(format!("{to}\n").as_bytes()).unwrap();
         stream.set_read_timeout(Some(Duration::from_mins(1))).unwrap();
+        // The relay's own answer; none if it refuses all.
+        let _ = stream.read(&mut [0]);
         stream
     }
 

@@ -421,7 +421,18 @@ async fn is_leaving(vm: &VmDir, status: Option<ProcessStatus>) -> bool {
                 Err(_) => true,
             }
         }
-        _ => false,
+        Some(_) => false,
+        // There is none, or it does not answer: it begins, or ends. Its journal knows which.
+        None => {
+            let look = vm.clone();
+            let let_go = move || {
+                Ok(matches!(
+                    look.journal()?.standing(),
+                    Standing::Committed { .. } | Standing::Released { .. } | Standing::Discarded { .. }
+                ))
+            };
+            blocking(let_go).await.unwrap_or(false)
+        }
     }
 }
 
@@ -522,6 +533,25 @@ mod tests {
 
     fn digest(bytes: &[u8]) -> FileDigest {
         FileDigest { bytes: bytes.len() as u64, blake3: blake3::hash(bytes).to_hex().to_string() }
+    }
+
+    /// One that was killed with its agent, or ends while a new agent looks after it, looks like one that begins.
+    #[tokio::test]
+    async fn a_process_that_is_silent_after_it_let_its_vm_go_is_leaving() {
+        use vmove_mirror::journal::Record;
+        let dir = tempfile::tempdir().unwrap();
+        let vm = VmDir::new(dir.path().join("web"));
+        vm.make().unwrap();
+        let move_id = MoveId::new("m").unwrap();
+        for (record, leaving) in [
+            (Record::Owner { generation: 1, disks: vec![] }, false),
+            (Record::Moving { move_id: move_id.clone(), to_host: Some("b".into()), generation: 2 }, false),
+            (Record::Committed { move_id: move_id.clone() }, true),
+            (Record::Released { move_id }, true),
+        ] {
+            vm.append(&record).unwrap();
+            assert_eq!(is_leaving(&vm, None).await, leaving, "{record:?}");
+        }
     }
 
     #[tokio::test]

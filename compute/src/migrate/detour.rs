@@ -1,11 +1,12 @@
 //! Where tests stand between the two sides of a move.
 //!
 //! Under `VMOVE_DETOUR=<ip>:<port>` data connections are made to that address and begin with a line that names the one meant; who
-//! listens there passes the rest on, and may cut, hold or damage it. Without the variable nothing happens.
+//! listens there answers with one byte, 0, or 1 if nobody listens at the one meant, and passes the rest on; it may cut, hold or damage
+//! it. Without the variable nothing happens.
 
 use std::{
     env,
-    io::{self, Write},
+    io::{self, ErrorKind, Read, Write},
     net::{SocketAddr, TcpStream},
     time::Duration,
 };
@@ -17,5 +18,9 @@ pub fn connect(address: SocketAddr, limit: Duration) -> io::Result<TcpStream> {
     };
     let mut stream = TcpStream::connect_timeout(&detour, limit)?;
     stream.write_all(format!("{address}\n").as_bytes())?;
-    Ok(stream)
+    let mut refused = [0];
+    stream.set_read_timeout(Some(limit))?;
+    stream.read_exact(&mut refused)?;
+    stream.set_read_timeout(None)?;
+    if refused == [0] { Ok(stream) } else { Err(ErrorKind::ConnectionRefused.into()) }
 }

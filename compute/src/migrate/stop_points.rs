@@ -7,9 +7,62 @@
 
 use std::{env, fs, path::PathBuf, thread, time::Duration};
 
+/// All points. A test that claims to stop at every one compares its cases with this.
+pub const POINTS: [&str; 48] = [
+    "source.collect-dirty",
+    "source.connect",
+    "source.drain-disks",
+    "source.drop-mirrors",
+    "source.end-round",
+    "source.finish",
+    "source.finish-committed",
+    "source.journal-aborted",
+    "source.journal-committed",
+    "source.journal-moving",
+    "source.journal-owner",
+    "source.journal-released",
+    "source.pause",
+    "source.pivot",
+    "source.prove",
+    "source.reconnect",
+    "source.restore",
+    "source.resume",
+    "source.retire",
+    "source.save-state",
+    "source.send-pages",
+    "source.start-logging",
+    "source.start-mirrors",
+    "source.stop-logging",
+    "source.tell-abort",
+    "source.tell-commit",
+    "source.tell-prepare",
+    "source.tell-resume",
+    "source.tell-setup",
+    "source.tell-state",
+    "target.ask-verdict",
+    "target.await",
+    "target.discard",
+    "target.finish",
+    "target.journal-aborted",
+    "target.journal-incoming",
+    "target.journal-owner",
+    "target.journal-prepared",
+    "target.journal-taken-over",
+    "target.load-state",
+    "target.make-images",
+    "target.prove",
+    "target.run",
+    "target.tell-prepared",
+    "target.tell-ready",
+    "target.tell-refused",
+    "target.tell-resumed",
+    "target.tell-running",
+];
+
 /// Holds here if a test wants it.
 pub fn reach(name: &str) {
     let Some(dir) = env::var_os("VMOVE_STOP_DIR").map(PathBuf::from) else { return };
+    debug_assert!(POINTS.contains(&name), "{name} is missing from the list of stop points");
     let hold = dir.join(format!("{name}.hold"));
     if !hold.exists() {
         return;
