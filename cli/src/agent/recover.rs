@@ -47,7 +47,7 @@ impl Agent {
         let conflict = self.registry.conflict(name);
         let (agent, owned) = (self.clone(), name.to_owned());
         blocking(move || {
-            let journal = vm.journal()?;
+            let journal = vm.synced_journal()?;
             let mut account = account(&agent.config.name, &owned, &journal, process.as_ref())?;
             if account.standing == StandingKind::Nothing
                 && let Some(move_id) = asked

@@ -125,6 +125,19 @@ impl VmDir {
         Ok(Journal::replay(self.raw_records()?.iter().map(Vec::as_slice))?)
     }
 
+    /// The journal as other hosts may act upon it: all of it is on disk when this returns, whoever wrote it, else a power cut could
+    /// still take back what they were told.
+    pub fn synced_journal(&self) -> Result<Journal, ApiError> {
+        let journal = self.journal()?;
+        let path = self.path.join(JOURNAL_FILE);
+        match std::fs::File::open(&path).and_then(|file| file.sync_all()) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                Err(ApiError::io("sync", &path, &error))
+            }
+            _ => Ok(journal),
+        }
+    }
+
     /// The journal of a VM without a process, to be acted upon: what a process wrote and died before it synced is made durable first,
     /// else a power cut could still take back what was decided from it.
     pub fn durable_journal(&self) -> Result<Journal, AppendError> {
