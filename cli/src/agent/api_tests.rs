@@ -33,7 +33,7 @@ fn free_port() -> u16 {
 
 impl Host {
     /// A host with two datastores, `fast` (default) and `bulk`; nothing runs yet.
-    fn new(name: &str) -> Self {
+    pub(super) fn new(name: &str) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let datastores = ["fast", "bulk"].map(|name| {
             let path = dir.path().join(name);
@@ -68,6 +68,10 @@ impl Host {
     pub(super) fn knowing(mut self, name: &str, address: &str) -> Self {
         self.config.hosts.push(HostAddress { name: name.into(), address: address.into() });
         self
+    }
+
+    pub(super) fn config(&self) -> &Config {
+        &self.config
     }
 
     pub(super) async fn serve(&mut self) -> Client {
@@ -107,7 +111,7 @@ impl Host {
         std::fs::canonicalize(self.dir.path()).unwrap().join(store).join(vm).join("vda.qcow2")
     }
 
-    fn definition(&self, name: &str) -> CreateVm {
+    pub(super) fn definition(&self, name: &str) -> CreateVm {
         CreateVm {
             definition: definition(name, ""),
             kernel: self.dir.path().join("kernel"),

@@ -180,6 +180,12 @@ impl Agent {
                 request.name
             )));
         }
+        if self.peers.removed().names.iter().any(same) {
+            return Err(ApiError::name_taken(format!(
+                "a host {:?} was removed from the cluster, and its certificate bears that name for ever; choose another --name",
+                request.name
+            )));
+        }
         if !self.identity.ca_key().exists() {
             return Err(IdentityError::NoAuthority.into());
         }
@@ -232,6 +238,8 @@ impl Agent {
                 let theirs: Result<Vec<KnownHost>, ApiError> =
                     self.peers.call(host, Method::GET, path, None::<&()>, peers::SHORT).await;
                 let Ok(theirs) = theirs else { continue };
+                // First: a host that was removed is not to be learned of again.
+                self.keep_in_mind(host).await;
                 self.tell(host, &own).await;
                 for other in theirs.into_iter().take(MAX_HOSTS).filter(|other| !other.this) {
                     let other = HostAddress { name: other.name, address: other.address };

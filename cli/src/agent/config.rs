@@ -1,13 +1,15 @@
 //! The host's configuration: `<state>/agent.toml`, written by `init` and `join`, edited by people, never rewritten by the agent.
 //!
-//! Hosts learned from the cluster lie in `<state>/hosts.toml`, which belongs to the agent. Never enters: identity, VMs.
+//! What was learned from the cluster lies beside it and belongs to the agent: `hosts.toml`, `removed-hosts.toml`, and in `seen.toml` the
+//! VMs that other hosts had when they were last asked. Never enters: identity, VMs.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use crate::api::removal::RemovedHosts;
 use crate::api::types::HostAddress;
 use crate::identity::files::write_private;
 use crate::identity::{IdentityError, check_host_name};
@@ -180,6 +182,34 @@ impl HostsStore {
         let file: HostsFile = toml::from_str(&text)
             .map_err(|e| ConfigError::Parse { path: self.path.clone(), reason: e.to_string() })?;
         Ok(file.hosts.into_iter().map(|host| (host.name, host.address)).collect())
+    }
+
+    /// Hosts that were taken out of the cluster; none if there is no file yet.
+    pub fn load_removed(&self) -> Result<RemovedHosts, ConfigError> {
+        let path = self.path.with_file_name("removed-hosts.toml");
+        match std::fs::read_to_string(&path) {
+            Ok(text) => toml::from_str(&text).map_err(|e| ConfigError::Parse { path, reason: e.to_string() }),
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(RemovedHosts::default()),
+            Err(source) => Err(ConfigError::Io { action: "read", path, source }),
+        }
+    }
+
+    /// Writes all of them.
+    pub fn save_removed(&self, removed: &RemovedHosts) -> Result<(), ConfigError> {
+        let text = toml::to_string(removed).map_err(|e| ConfigError::Invalid { what: e.to_string() })?;
+        Ok(write_private(&self.path.with_file_name("removed-hosts.toml"), &text)?)
+    }
+
+    /// VMs that other hosts had when they were last asked. Only to be told to people: what cannot be read is nothing.
+    pub fn load_seen(&self) -> BTreeMap<String, BTreeSet<String>> {
+        let text = std::fs::read_to_string(self.path.with_file_name("seen.toml")).unwrap_or_default();
+        toml::from_str(&text).unwrap_or_default()
+    }
+
+    /// Writes all of them.
+    pub fn save_seen(&self, seen: &BTreeMap<String, BTreeSet<String>>) -> Result<(), ConfigError> {
+        let text = toml::to_string(seen).map_err(|e| ConfigError::Invalid { what: e.to_string() })?;
+        Ok(write_private(&self.path.with_file_name("seen.toml"), &text)?)
     }
 
     /// Writes all of them.

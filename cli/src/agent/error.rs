@@ -149,3 +149,10 @@ pub async fn blocking<T: Send + 'static>(
         .await
         .unwrap_or_else(|_| Err(ApiError::internal("a worker of the agent failed; see its log")))
 }
+
+/// Runs a call's work in a task of its own, so that a caller that hangs up does not leave it half done.
+pub async fn to_its_end<T: Send + 'static>(
+    work: impl Future<Output = Result<T, ApiError>> + Send + 'static,
+) -> Result<T, ApiError> {
+    tokio::spawn(work).await.unwrap_or_else(|_| Err(ApiError::internal("the agent failed; see its log")))
+}

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use axum::Router;
 use axum::extract::{ConnectInfo, FromRequest, FromRequestParts, Request, State};
 use axum::http::request::Parts;
-use axum::middleware::{Next, from_fn, from_fn_with_state};
+use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
 use serde::de::DeserializeOwned;
 use utoipa::OpenApi;
@@ -17,7 +17,8 @@ use utoipa_axum::routes;
 use super::error::ApiError;
 use super::listener::{Caller, TlsListener, listen_unix};
 use super::{
-    Agent, AgentError, forward, routes_checkpoint, routes_host, routes_peer, routes_recovery, routes_vm,
+    Agent, AgentError, forward, routes_checkpoint, routes_host, routes_peer, routes_recovery, routes_removal,
+    routes_vm,
 };
 
 /// The document's head.
@@ -103,6 +104,10 @@ fn build(agent: Option<Arc<Agent>>) -> (OpenApiRouter<Arc<Agent>>, Option<Arc<Ag
         .routes(routes!(routes_host::host))
         .routes(routes!(routes_host::hosts, routes_peer::hear_of))
         .routes(routes!(routes_host::join))
+        .routes(routes!(routes_removal::removal))
+        .routes(routes!(routes_removal::remove))
+        .routes(routes!(routes_removal::ties))
+        .routes(routes!(routes_removal::removed, routes_removal::hear_of_removed))
         .routes(routes!(routes_vm::list, routes_vm::create))
         .merge(vms)
         .merge(moves)
@@ -141,17 +146,21 @@ pub fn router(agent: Arc<Agent>) -> Router {
             ApiError::not_found("there is no such call in this API; see GET /v1/openapi.json")
         })
         .fallback(async || ApiError::not_found("there is no such call in this API; see GET /v1/openapi.json"))
-        .layer(from_fn(only_known))
+        .layer(from_fn_with_state(agent.clone(), only_known))
         .with_state(agent)
 }
 
-/// Somebody without a certificate may ask to join, and nothing else.
-async fn only_known(request: Request, next: Next) -> Response {
+/// Somebody without a certificate may ask to join, and nothing else; a host that was removed from the cluster not even that.
+async fn only_known(State(agent): Shared, request: Request, next: Next) -> Response {
     let joins = request.uri().path() == "/v1/join";
     match caller(request.extensions().get()) {
         Caller::Nobody if !joins => {
             ApiError::forbidden("this needs a certificate of the cluster; see `vmove join`").into_response()
         }
+        Caller::Host(name) if agent.is_removed(&name) => ApiError::forbidden(format!(
+            "host {name} was removed from the cluster; make it a new one with `vmove join` and another --name"
+        ))
+        .into_response(),
         _ => next.run(request).await,
     }
 }

@@ -4,7 +4,7 @@
 //! |---|---|
 //! | [`config`], [`hostinfo`] | what the host is and has |
 //! | [`http`], `routes_*`, [`listener`], [`forward`], [`console`] | the API and its sockets |
-//! | [`peers`], [`cluster`] | the other agents, and becoming one of them |
+//! | [`peers`], [`cluster`], `removal` | the other agents, becoming one of them, taking one out |
 //! | [`registry`], [`vmdir`], [`vms`], [`create`] | VMs of this host |
 //! | [`process`], [`launch`], [`control`] | their processes |
 //! | [`plan`], [`moves`], [`incoming`] | moves: decided, led, received |
@@ -40,6 +40,9 @@ mod recover;
 #[cfg(test)]
 mod recovery_tests;
 pub mod registry;
+mod removal;
+#[cfg(test)]
+mod removal_tests;
 pub mod restore;
 #[cfg(test)]
 mod restore_tests;
@@ -47,6 +50,7 @@ mod routes_checkpoint;
 mod routes_host;
 mod routes_peer;
 mod routes_recovery;
+mod routes_removal;
 mod routes_vm;
 pub mod settle;
 pub mod vmdir;

@@ -2,7 +2,7 @@
 //!
 //! Lives here: the client side between agents, and the list of hosts they are found by. Never enters: what is asked.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -22,6 +22,7 @@ use tokio_rustls::TlsConnector;
 
 use super::config::HostsStore;
 use super::error::ApiError;
+use crate::api::removal::RemovedHosts;
 use crate::api::types::{ErrorBody, FORWARDED_HEADER, HostAddress};
 use crate::identity::tls::HostTls;
 
@@ -43,6 +44,9 @@ pub struct Peers {
     /// From the configuration: always there.
     fixed: BTreeMap<String, String>,
     learned: Mutex<BTreeMap<String, String>>,
+    removed: Mutex<RemovedHosts>,
+    /// VMs of each host when it was last asked.
+    seen: Mutex<BTreeMap<String, BTreeSet<String>>>,
 }
 
 impl Peers {
@@ -54,22 +58,28 @@ impl Peers {
         store: HostsStore,
     ) -> Result<Self, super::config::ConfigError> {
         let learned = Mutex::new(store.load()?);
+        let (removed, seen) = (Mutex::new(store.load_removed()?), Mutex::new(store.load_seen()));
         let fixed = fixed.iter().map(|host| (host.name.clone(), host.address.clone())).collect();
-        Ok(Self { own: own.to_owned(), tls, store, fixed, learned })
+        Ok(Self { own: own.to_owned(), tls, store, fixed, learned, removed, seen })
     }
 
-    /// All other hosts, name -> address.
+    /// All other hosts of the cluster, name -> address.
     pub fn all(&self) -> BTreeMap<String, String> {
         let mut all = self.learned().clone();
         all.extend(self.fixed.clone());
         all.remove(&self.own);
+        let removed = lock(&self.removed);
+        all.retain(|name, _| !removed.names.contains(name));
         all
     }
 
     /// Adds a host, or gives it another address; on disk when this returns.
     pub fn learn(&self, host: &HostAddress) -> Result<(), ApiError> {
         let mut learned = self.learned();
-        if host.name == self.own || learned.get(&host.name) == Some(&host.address) {
+        if host.name == self.own
+            || self.is_removed(&host.name)
+            || learned.get(&host.name) == Some(&host.address)
+        {
             return Ok(());
         }
         let mut next = learned.clone();
@@ -80,11 +90,51 @@ impl Peers {
     }
 
     fn learned(&self) -> MutexGuard<'_, BTreeMap<String, String>> {
-        self.learned.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.learned)
+    }
+
+    /// Hosts that were taken out of the cluster.
+    pub fn removed(&self) -> RemovedHosts {
+        lock(&self.removed).clone()
+    }
+
+    /// Whether a host was taken out of the cluster.
+    pub fn is_removed(&self, host: &str) -> bool {
+        lock(&self.removed).names.contains(host)
+    }
+
+    /// Takes hosts out of the cluster, this one never; on disk when this returns.
+    pub fn remove(&self, hosts: &BTreeSet<String>) -> Result<(), ApiError> {
+        let mut removed = lock(&self.removed);
+        let mut next = removed.clone();
+        next.names.extend(hosts.iter().filter(|host| **host != self.own).cloned());
+        if next != *removed {
+            self.store.save_removed(&next).map_err(|e| ApiError::storage(e.to_string()))?;
+            *removed = next;
+        }
+        Ok(())
+    }
+
+    /// VMs of a host when it was last asked.
+    pub fn seen(&self, host: &str) -> Vec<String> {
+        lock(&self.seen).get(host).into_iter().flatten().cloned().collect()
+    }
+
+    /// Notes the VMs of a host; on disk when this returns.
+    pub fn saw(&self, host: &str, vms: BTreeSet<String>) -> Result<(), ApiError> {
+        let mut seen = lock(&self.seen);
+        if seen.get(host) == Some(&vms) {
+            return Ok(());
+        }
+        seen.insert(host.to_owned(), vms);
+        self.store.save_seen(&seen).map_err(|e| ApiError::storage(e.to_string()))
     }
 
     /// The address of a host.
     pub fn address(&self, host: &str) -> Result<String, ApiError> {
+        if self.is_removed(host) {
+            return Err(ApiError::not_found(format!("host {host:?} was removed from the cluster")));
+        }
         let all = self.all();
         all.get(host).cloned().ok_or_else(|| {
             let known: Vec<&str> = all.keys().map(String::as_str).collect();
@@ -236,6 +286,11 @@ impl Peers {
         }
         None
     }
+}
+
+fn lock<T>(of: &Mutex<T>) -> MutexGuard<'_, T> {
+    // Plain map operations under the locks: nothing is left half done by a panic.
+    of.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// HTTP/1.1 on a connection that is there.

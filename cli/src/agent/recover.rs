@@ -126,6 +126,17 @@ impl Agent {
                 Err(error) => unreachable.push(SilentHost { host, error: error.message }),
             }
         }
+        for host in hosts.iter().filter_map(|held| held.waits_for.as_deref()) {
+            if host != self.config.name && unreachable.iter().all(|silent| silent.host != host) {
+                // Not one of those that were asked: it was removed, or never known here.
+                unreachable.extend(
+                    self.peers
+                        .address(host)
+                        .err()
+                        .map(|e| SilentHost { host: host.to_owned(), error: e.message }),
+                );
+            }
+        }
         if hosts.is_empty() && unreachable.is_empty() {
             return Err(ApiError::not_found(format!("no host of the cluster has a VM {name:?}")));
         }
@@ -197,7 +208,8 @@ impl Agent {
                 Ok(_) => format!("host {other} holds something of it too"),
                 Err(_) if other == gone => continue,
                 Err(error) => format!(
-                    "host {other} may have it, and cannot be asked ({error}); bring it back, or take it out of the cluster"
+                    "host {other} may have it, and cannot be asked ({error}); bring it back, or, if it is gone for ever, take it out of the cluster \
+                     (`vmove host rm {other}`)"
                 ),
             };
             return Err(ApiError::conflict(format!("VM {name:?} is not to be taken over: {why}")));

@@ -52,7 +52,7 @@ fn kinds(report: &RecoveryReport) -> Vec<(&str, StandingKind)> {
     report.hosts.iter().map(|held| (held.host.as_str(), held.standing)).collect()
 }
 
-async fn recovered(client: &Client) -> RecoveryReport {
+pub(super) async fn recovered(client: &Client) -> RecoveryReport {
     client.recover("web").await.unwrap()
 }
 

@@ -4,7 +4,7 @@ use axum::body::Body;
 use axum::extract::{Path, State};
 use axum::http::StatusCode;
 
-use super::error::{ApiError, blocking};
+use super::error::{ApiError, blocking, to_its_end};
 use super::http::{Json, Peer, Shared};
 use super::incoming::VmFile;
 use crate::api::types::{ErrorBody, HostAddress, Listening, Offer, OfferAccepted, VerdictAnswer};
@@ -28,11 +28,7 @@ pub async fn offer(
     Peer(from): Peer,
     Json(offer): Json<Offer>,
 ) -> Result<axum::Json<OfferAccepted>, ApiError> {
-    // In a task of its own: a source that hangs up must not leave a directory nobody follows.
-    tokio::spawn(async move { agent.receive_offer(&from, offer).await })
-        .await
-        .unwrap_or_else(|_| Err(ApiError::internal("the agent failed; see its log")))
-        .map(axum::Json)
+    to_its_end(async move { agent.receive_offer(&from, offer).await }).await.map(axum::Json)
 }
 
 /// Send the VM's kernel or initrd, as offered.
@@ -59,11 +55,7 @@ pub async fn start(
     Peer(from): Peer,
     Path(move_id): Path<String>,
 ) -> Result<axum::Json<Listening>, ApiError> {
-    // In a task of its own: a source that hangs up must not leave a process nobody follows.
-    tokio::spawn(async move { agent.start_incoming(&from, &move_id).await })
-        .await
-        .unwrap_or_else(|_| Err(ApiError::internal("the agent failed; see its log")))
-        .map(axum::Json)
+    to_its_end(async move { agent.start_incoming(&from, &move_id).await }).await.map(axum::Json)
 }
 
 /// Take back what a move made here, unless only the source's word can decide on it.

@@ -6,7 +6,7 @@ use serde::Deserialize;
 use utoipa::IntoParams;
 use vmove_mirror::journal::MoveId;
 
-use super::error::ApiError;
+use super::error::{ApiError, to_its_end};
 use super::http::Shared;
 use crate::api::recovery::{HostStanding, RecoveryReport};
 use crate::api::types::ErrorBody;
@@ -38,11 +38,7 @@ pub async fn take_over(
     Path(vm): Path<String>,
     Query(on): Query<OnHost>,
 ) -> Result<axum::Json<HostStanding>, ApiError> {
-    // In a task of its own: a caller that hangs up must not leave it half done.
-    tokio::spawn(async move { agent.take_over(&vm, &on.host).await })
-        .await
-        .unwrap_or_else(|_| Err(ApiError::internal("the agent failed; see its log")))
-        .map(axum::Json)
+    to_its_end(async move { agent.take_over(&vm, &on.host).await }).await.map(axum::Json)
 }
 
 /// Remove the images that a host kept of a VM that another one took over.
@@ -86,9 +82,5 @@ pub async fn settle(
     State(agent): Shared,
     Path(vm): Path<String>,
 ) -> Result<axum::Json<HostStanding>, ApiError> {
-    // In a task of its own: a caller that hangs up must not leave a step half done.
-    tokio::spawn(async move { agent.settle_now(&vm).await })
-        .await
-        .unwrap_or_else(|_| Err(ApiError::internal("the agent failed; see its log")))
-        .map(axum::Json)
+    to_its_end(async move { agent.settle_now(&vm).await }).await.map(axum::Json)
 }

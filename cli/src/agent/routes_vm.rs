@@ -9,7 +9,7 @@ use serde::Deserialize;
 use utoipa::IntoParams;
 
 use super::Agent;
-use super::error::ApiError;
+use super::error::{ApiError, to_its_end};
 use super::http::{Json, Shared};
 use super::peers;
 use crate::api::types::{
@@ -44,7 +44,10 @@ async fn add_others(agent: &Arc<Agent>, list: &mut VmList) {
     let asked = agent.peers.ask_all::<VmList>("/v1/vms", peers::SHORT).join_all().await;
     for (host, theirs) in asked {
         match theirs {
-            Ok(theirs) => list.vms.extend(theirs.vms),
+            Ok(theirs) => {
+                agent.saw(&host, &theirs).await;
+                list.vms.extend(theirs.vms);
+            }
             Err(_) => list.unreachable.push(host),
         }
     }
@@ -121,11 +124,7 @@ pub async fn move_vm(
     Path(vm): Path<String>,
     Json(request): Json<MoveRequest>,
 ) -> Result<axum::Json<MoveAnswer>, ApiError> {
-    // In a task of its own: a caller that hangs up must not leave half a move behind.
-    tokio::spawn(async move { agent.move_vm(&vm, request).await })
-        .await
-        .unwrap_or_else(|_| Err(ApiError::internal("the agent failed; see its log")))
-        .map(axum::Json)
+    to_its_end(async move { agent.move_vm(&vm, request).await }).await.map(axum::Json)
 }
 
 /// How far a move is, or how it ended.

@@ -4,4 +4,5 @@
 
 pub mod checkpoint;
 pub mod recovery;
+pub mod removal;
 pub mod types;

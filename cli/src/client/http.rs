@@ -14,6 +14,7 @@ use serde::de::DeserializeOwned;
 use super::{ClientError, connect_unix};
 use crate::api::checkpoint::{CheckpointBegun, CheckpointList, RestoreCheckpoint, TakeCheckpoint};
 use crate::api::recovery::{HostStanding, RecoveryReport};
+use crate::api::removal::HostRemoval;
 use crate::api::types::{
     CONSOLE_PROTOCOL, CreateVm, ErrorBody, ErrorDetail, HostInfo, KnownHost, MoveAnswer, MoveProgress,
     MoveRequest, VmDetail, VmList, VmSummary,
@@ -50,6 +51,16 @@ impl Client {
     /// All hosts it knows.
     pub async fn hosts(&self) -> Result<Vec<KnownHost>, ClientError> {
         self.call(Method::GET, "/v1/hosts", None::<&()>).await
+    }
+
+    /// What it would mean to take a host out of the cluster.
+    pub async fn removal_of(&self, host: &str) -> Result<HostRemoval, ClientError> {
+        self.call(Method::GET, &format!("/v1/hosts/{}/removal", segment(host)), None::<&()>).await
+    }
+
+    /// Takes a host that is gone for ever out of the cluster.
+    pub async fn remove_host(&self, host: &str) -> Result<HostRemoval, ClientError> {
+        self.call(Method::DELETE, &format!("/v1/hosts/{}", segment(host)), None::<&()>).await
     }
 
     /// VMs of this host, or of all hosts.

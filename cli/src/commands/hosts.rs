@@ -1,6 +1,10 @@
-//! `vmove host ls` and `vmove datastore ls`.
+//! `vmove host ls|rm` and `vmove datastore ls`.
+
+use std::fmt::Write as _;
 
 use super::CommandError;
+use super::confirm::confirm;
+use crate::api::removal::HostRemoval;
 use crate::client::Client;
 use crate::render::table::{Align, Table};
 use crate::render::{self, units};
@@ -10,6 +14,8 @@ use crate::render::{self, units};
 pub enum HostCommand {
     /// List the hosts of the cluster
     Ls(JsonArgs),
+    /// Take a host that is gone for ever out of the cluster (says what that gives up, and asks)
+    Rm(RemoveArgs),
 }
 
 /// What to do with datastores.
@@ -27,10 +33,75 @@ pub struct JsonArgs {
     pub json: bool,
 }
 
+/// Arguments of `vmove host rm`.
+#[derive(Debug, Clone, PartialEq, Eq, clap::Args)]
+pub struct RemoveArgs {
+    /// The host
+    #[arg(value_name = "NAME")]
+    pub name: String,
+    /// Do not ask
+    #[arg(long)]
+    pub yes: bool,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+impl RemoveArgs {
+    async fn run(&self, client: &Client) -> Result<(), CommandError> {
+        let removal = client.removal_of(&self.name).await?;
+        if removal.blockers.is_empty() {
+            eprint!("{}", warning(&removal));
+            confirm(&self.name, &format!("host {} is taken out of the cluster", self.name), self.yes)?;
+        }
+        // With something in the way the agent says so.
+        let removal = client.remove_host(&self.name).await?;
+        if self.json {
+            render::print_json(&removal)?;
+        } else {
+            render::print(&format!("host {} is out of the cluster\n", self.name))?;
+        }
+        Ok(())
+    }
+}
+
+/// What is given up with a host.
+fn warning(removal: &HostRemoval) -> String {
+    let host = &removal.host;
+    let mut text = format!(
+        "Host {host} is given up for ever: no host asks it or answers it any more, and no other host can take its name. If it \
+         still runs VMs, it goes on running them.\n"
+    );
+    // Writing to a String cannot fail, here and below.
+    if removal.given_up.is_empty() {
+        text += "No VM is known to be on it.\n";
+    } else {
+        let _ = writeln!(text, "Given up with it: {}", removal.given_up.join(", "));
+    }
+    for tied in &removal.waiting {
+        let _ = writeln!(text, "VM {} on host {}: {}", tied.vm, tied.host, tied.what);
+    }
+    if !removal.unreachable.is_empty() {
+        let _ = writeln!(
+            text,
+            "Not asked, because they do not answer: {}. They hear of it when they are back; if one of them still reaches host \
+             {host}, this is a mistake.",
+            removal.unreachable.join(", ")
+        );
+    }
+    if removal.authority_lost {
+        text += "No host that answers holds the cluster's authority: without it no new host can join.\n";
+    }
+    text
+}
+
 impl HostCommand {
-    /// Prints the hosts, those that did not answer with the reason.
+    /// Prints the hosts, those that did not answer with the reason; or takes one out.
     pub async fn run(&self, client: &Client) -> Result<(), CommandError> {
-        let Self::Ls(args) = self;
+        let args = match self {
+            Self::Ls(args) => args,
+            Self::Rm(args) => return args.run(client).await,
+        };
         let hosts = client.hosts().await?;
         if args.json {
             render::print_json(&hosts)?;

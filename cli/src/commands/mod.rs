@@ -6,6 +6,7 @@
 mod agent;
 mod checkpoint;
 mod cli;
+mod confirm;
 mod console;
 mod create;
 mod error;

@@ -1,9 +1,9 @@
 //! `vmove recover`: who holds what of a VM; settles it, or says what is waited for and what a person could decide.
 
 use std::fmt::Write as _;
-use std::io::{BufRead, IsTerminal};
 
 use super::CommandError;
+use super::confirm::confirm;
 use crate::api::recovery::{HostStanding, RecoveryReport, StandingKind, TakeOver};
 use crate::client::Client;
 use crate::render::{self, units};
@@ -56,13 +56,13 @@ impl RecoverArgs {
             } else {
                 CommandError::Undecided(format!(
                     "nothing of {} can be taken over: that needs one host that waits for one that is gone, and all others to answer and to hold \
-                     nothing of it",
+                     nothing of it; take those that are gone for ever out of the cluster (`vmove host rm`)",
                     self.vm
                 ))
             });
         };
         eprint!("{}", risks(offer));
-        self.confirm(&format!("host {} is made the owner of {}", offer.host, self.vm))?;
+        confirm(&self.vm, &format!("host {} is made the owner of {}", offer.host, self.vm), self.yes)?;
         client.take_over(&self.vm, &offer.host).await?;
         Ok(())
     }
@@ -83,24 +83,9 @@ impl RecoverArgs {
                 image.path.display()
             );
         }
-        self.confirm(&format!("what host {host} kept of {} is removed", self.vm))?;
+        confirm(&self.vm, &format!("what host {host} kept of {} is removed", self.vm), self.yes)?;
         client.discard_lost(&self.vm, host).await?;
         Ok(())
-    }
-
-    /// Wants the VM's name typed, unless `--yes` was said.
-    fn confirm(&self, what: &str) -> Result<(), CommandError> {
-        if self.yes {
-            return Ok(());
-        }
-        let stdin = std::io::stdin();
-        if !stdin.is_terminal() {
-            return Err(CommandError::Usage(format!("{what} only with --yes where nobody can be asked")));
-        }
-        eprint!("Type {} to go on, so that {what}: ", self.vm);
-        let mut line = String::new();
-        stdin.lock().read_line(&mut line)?;
-        if line.trim() == self.vm { Ok(()) } else { Err(CommandError::Cancelled("nothing was done".into())) }
     }
 }
 
@@ -126,6 +111,16 @@ fn text(report: &RecoveryReport) -> String {
     }
     for silent in &report.unreachable {
         let _ = writeln!(text, "\nhost {}: does not answer\n  {}", silent.host, silent.error);
+    }
+    let waits_for: Vec<&str> = report.hosts.iter().filter_map(|host| host.waits_for.as_deref()).collect();
+    if let ([awaited], None) = (&waits_for[..], &report.take_over) {
+        for third in report.unreachable.iter().filter(|silent| silent.host != *awaited) {
+            let _ = writeln!(
+                text,
+                "\nHost {} may have {} as well. If it is gone for ever, `vmove host rm {}` takes it out of the cluster.",
+                third.host, report.vm, third.host
+            );
+        }
     }
     if let Some(offer) = &report.take_over {
         let _ = write!(
