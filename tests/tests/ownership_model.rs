@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use stateright::{Checker, HasDiscoveries, Model};
 use vmove_tests::model::checks::{HEALS, NOTHING_LOST, ONE_OWNER, ONE_RUNNER};
-use vmove_tests::model::{Fence, Others, Ownership, Rule, Scope, TakeOver};
+use vmove_tests::model::{Fence, Others, Ownership, Rule, Scope, Side, TakeOver};
 
 /// Visits every state; fails with the shortest way to a state that must not be.
 fn holds(what: &str, model: Ownership) {
@@ -78,8 +78,13 @@ fn each_rule_broken_alone_is_caught() {
 }
 
 const AWAY: Scope = Scope { hosts: 2, moves: 1, kills: 1, full_disks: 0, writes: 1, outages: 2 };
-const SAFE: TakeOver =
-    TakeOver { source_down: true, others: Others::HoldNothing, remembers: true, fence: Fence::Targets };
+const SAFE: TakeOver = TakeOver {
+    side: Side::Target,
+    other_down: true,
+    others: Others::HoldNothing,
+    remembers: true,
+    fence: Fence::Targets,
+};
 
 #[test]
 fn taking_ownership_makes_no_second_runner() {
@@ -87,6 +92,8 @@ fn taking_ownership_makes_no_second_runner() {
     holds("ownership taken, two hosts", Ownership::with_take_over(scope, SAFE));
     let scope = Scope { hosts: 3, moves: 2, kills: 0, writes: 0, ..AWAY };
     holds("ownership taken, three hosts", Ownership::with_take_over(scope, SAFE));
+    let at_source = TakeOver { side: Side::Source, ..SAFE };
+    holds("ownership taken at the source", Ownership::with_take_over(AWAY, at_source));
 }
 
 #[test]
@@ -96,10 +103,11 @@ fn taking_ownership_with_less_care_makes_two_runners() {
     for (what, scope, take_over) in [
         ("the source asks nobody", AWAY, TakeOver { fence: Fence::Journal, ..SAFE }),
         ("the source asks whom it reaches", AWAY, TakeOver { fence: Fence::Reachable, ..SAFE }),
-        ("the source is not down", AWAY, TakeOver { source_down: false, ..SAFE }),
+        ("the source is not down", AWAY, TakeOver { other_down: false, ..SAFE }),
         ("what was taken is forgotten", three, TakeOver { remembers: false, ..SAFE }),
         ("others are not asked", three, TakeOver { others: Others::NotAsked, ..SAFE }),
         ("others are asked if they can be", two_away, TakeOver { others: Others::Reachable, ..SAFE }),
+        ("both sides are taken in turns", AWAY, TakeOver { side: Side::Either, ..SAFE }),
         ("others may be prepared", three, TakeOver { others: Others::OwnNothing, ..SAFE }),
     ] {
         is_caught(what, Ownership::with_take_over(scope, take_over), &[ONE_RUNNER]);

@@ -32,11 +32,24 @@ pub enum Others {
     HoldNothing,
 }
 
-/// How the user takes ownership at a prepared target.
+/// Where the user takes ownership.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Side {
+    /// At a prepared target whose source is gone.
+    Target,
+    /// At the source of an aborted move whose target is gone.
+    Source,
+    /// Wherever the other one is gone at the moment.
+    Either,
+}
+
+/// How the user takes ownership.
 #[derive(Debug, Clone, Copy)]
 pub struct TakeOver {
-    /// Only while the source is down; else whenever the user likes.
-    pub source_down: bool,
+    /// Where.
+    pub side: Side,
+    /// Only while the other side is down; else whenever the user likes.
+    pub other_down: bool,
     /// What is asked of the rest.
     pub others: Others,
     /// Whether the taker remembers for ever what it took.
@@ -186,34 +199,39 @@ impl Ownership {
         true
     }
 
-    /// `vmove recover --take-ownership` at a prepared target; its process, if it has one, ends.
+    /// `vmove recover --take-ownership`; an arrival's process, if it has one, ends.
     pub(super) fn take_ownership(&self, world: &mut World, host: HostId) -> bool {
-        let Some(take_over) = self.take_over else { return false };
-        let Standing::Incoming { move_id, generation, prepared: true, .. } =
-            world.host(host).journal.standing().clone()
-        else {
-            return false;
+        let Some(how) = self.take_over else { return false };
+        let here = world.host(host);
+        let (move_id, generation, arrived) = match (here.journal.standing(), here.journal.open_ends()) {
+            (Standing::Incoming { move_id, generation, prepared: true, .. }, _)
+                if how.side != Side::Source =>
+            {
+                (move_id.clone(), *generation, true)
+            }
+            (Standing::Owner { generation, .. }, [end, ..]) if how.side != Side::Target => {
+                (end.move_id.clone(), *generation, false)
+            }
+            _ => return false,
         };
-        let source = world.ordered(index(&move_id)).from;
-        let rest = (0u8..).zip(&world.hosts).filter(|(other, _)| *other != host && *other != source);
-        let owns = |there: &Host| {
-            matches!(
-                there.journal.standing(),
-                Standing::Owner { .. } | Standing::Moving { .. } | Standing::Committed { .. }
-            )
-        };
+        let ordered = world.ordered(index(&move_id));
+        let gone = if arrived { ordered.from } else { ordered.to };
+        let rest = (0u8..).zip(&world.hosts).filter(|(other, _)| *other != host && *other != gone);
+        let owns = |there: &Host| matches!(holding(there.journal.standing()), Holding::Owner { .. });
         let holds = |there: &Host| !matches!(there.journal.standing(), Standing::Nothing);
-        let free = rest.into_iter().all(|(_, there)| match take_over.others {
+        let free = rest.into_iter().all(|(_, there)| match how.others {
             Others::NotAsked => true,
             Others::Reachable => there.down || !owns(there),
             Others::OwnNothing => !there.down && !owns(there),
             Others::HoldNothing => !there.down && !holds(there),
         });
-        if !free || take_over.source_down && !world.host(source).down {
+        if !free || how.other_down && !world.host(gone).down {
             return false;
         }
         let generation = generation + TAKE_OVER_STEP;
-        world.moves[index(&move_id) as usize].taken = Some(generation);
+        if arrived {
+            world.moves[index(&move_id) as usize].taken = Some(generation);
+        }
         let here = world.host_mut(host);
         here.process = None;
         self.append(here, &Record::TakenOver { move_id, generation, disks: vec![] })

@@ -1,10 +1,10 @@
 //! A model of the ownership rule, small enough that every state of it is visited.
 //!
-//! One VM, two or three hosts. Each host holds the real [`Journal`]: every record is a real one and goes through `admit`; what an agent
-//! does with a VM without a process is the real `recovery::settle`, and what a host says of a move is the real `Journal::verdict`. So
-//! code and model cannot drift apart in what decides. Abstract are time (any step may come at any moment, or never), the contents of
-//! disks (a version number), and the network: a message may be late, repeated, overtaken or lost, a connection may end at any moment.
-//! Processes are named steps of the two engines: a step here is a record written or a message sent there.
+//! One VM, two or three hosts. Each host holds the real [`Journal`]: every record is a real one and goes through `admit`. Whom an agent
+//! asks and what it does then is the real `recovery::{question, settle}`, what it answers the real `Journal::verdict` and
+//! `recovery::holding`. So code and model cannot drift apart in what decides. Abstract are time (any step may come at any moment, or
+//! never), the contents of disks (a version number), and the network: a message may be late, repeated, overtaken or lost, a connection
+//! may end at any moment. Processes are named steps of the two engines: a step here is a record written or a message sent there.
 //!
 //! | module | what lives there |
 //! |---|---|
@@ -17,23 +17,22 @@
 //! runs has every write that was ever acknowledged as flushed, and so has some host's disk while none runs; and from there, once
 //! hosts can talk, the VM comes to run at exactly one place with nothing left elsewhere. Each [`Rule`] broken alone is caught.
 //!
-//! # What was learnt about `recover --take-ownership`
-//! A prepared target whose source is gone may own the VM by the user's word only. What makes that safe, and what does not:
+//! # What makes `recover --take-ownership` safe
+//! A prepared target whose source is gone may own the VM by the user's word only, and so may the source of an aborted move whose target
+//! is gone. What makes that safe, and what does not:
 //!
 //! | way | two runners? |
 //! |---|---|
-//! | the source host is down, and a host that aborted a move starts the VM only after that move's target has said that it holds nothing of it | never |
-//! | the source comes back and starts by its own journal alone, as is right while nobody takes ownership | yes: `Moving` and even `Owner` after `Aborted` say "mine" |
+//! | the other side is down; every third host answers and holds nothing; a source that aborted a move starts the VM only after that move's target has said that it holds nothing, and a target that took the VM over remembers that for ever | never |
+//! | the source comes back and starts by its own journal alone | yes: `Moving` and even `Owner` after `Aborted` say "mine" |
 //! | the source comes back and asks whom it can reach | yes: both hosts are up in turns and never meet |
-//! | the source host is not down, only out of reach | yes, at once: no rule at the target can help |
+//! | the source is not down, only out of reach | yes, at once: no rule at the target can help |
 //! | the target forgets what it took once the VM has gone on from there | yes: "nothing of it here" is then true and misleads the source |
-//! | a third host holds or may hold the VM: not asked, or not reached, or only prepared | yes: the source may have gone on to it after aborting the move to here |
-//! | every other host is reached and holds nothing of the VM | never |
+//! | a third host is not asked, or cannot be, or is only prepared | yes: the source may have gone on to it after it aborted the move to here |
+//! | the source's user takes it while the target is down, after the target's user took it while the source was down | yes: "gone for ever" was wrong |
 //!
-//! So: taking ownership is refused while any host but the source cannot be asked, or holds anything of the VM (prepared, too). A source
-//! keeps on disk that it began a move whose target has not confirmed that it is gone, and does not start the VM before it has; the word
-//! that confirms is the one that takes an arrival back. Whoever takes ownership keeps the move's id for ever, and answers with it. What is lost even then: writes flushed at the source after it aborted the
-//! move and went on, if the target never heard of that. The user must be told so.
+//! What is lost even then: writes flushed at the source after it aborted the move and went on, if the target never heard of that. The
+//! user must be told so.
 //! Never enters: the engines themselves (the simulator runs those), bytes, real time.
 
 pub mod agent;
@@ -46,7 +45,7 @@ use std::sync::Mutex;
 use stateright::{Model, Property};
 use vmove_mirror::journal::{Journal, MoveId, Record, Standing, Verdict};
 
-pub use agent::{Fence, Others, TakeOver};
+pub use agent::{Fence, Others, Side, TakeOver};
 pub use process::Process;
 
 /// Index of a host.
