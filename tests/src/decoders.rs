@@ -5,7 +5,10 @@
 //! through files where those read files. Never enters: rules of what is acceptable; those are the product's.
 
 use std::cell::OnceCell;
+use std::fs::File;
 use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, OnceLock};
 
@@ -15,16 +18,17 @@ use vmm_sys_util::eventfd::EventFd;
 use vmove::agent::config::{Config, HostsStore};
 use vmove::agent::create::check_definition;
 use vmove::agent::incoming::check_offer;
-use vmove::api::types as api;
+use vmove::api::{recovery, removal, types as api};
 use vmove::identity::token::{Token, TokenStore};
 use vmove_compute::checkpoint::Manifest;
 use vmove_compute::kvm::{VcpuState, VmState};
 use vmove_compute::process::console::Console;
 use vmove_compute::process::console::wire::{self as console, ClientMsg, ServerMsg};
 use vmove_compute::process::protocol;
+use vmove_devices::net::{Backend, MacAddress, Offloads};
 use vmove_devices::state::{self, Sections};
 use vmove_devices::{
-    Block, DiskHandle, Doorbells, GuestMemory, MsiSender, PciBus, Rng, Serial, SharedMemory,
+    Block, DiskHandle, Doorbells, GuestMemory, MsiSender, Net, NetHandle, PciBus, Rng, Serial, SharedMemory,
 };
 use vmove_mirror::journal::{Journal, Record};
 use vmove_mirror::wire::blocks::{BlockAck, BlockHead};
@@ -59,6 +63,7 @@ pub const ALL: &[Decoder] = &[
     Decoder { name: "vm_toml", accepts: vm_toml },
     Decoder { name: "host_toml", accepts: host_toml },
     Decoder { name: "api", accepts: api_body },
+    Decoder { name: "recovery", accepts: recovery_body },
     Decoder { name: "token", accepts: token },
     Decoder { name: "process", accepts: process_line },
     Decoder { name: "console", accepts: console_messages },
@@ -256,6 +261,22 @@ pub fn api_body(bytes: &[u8]) -> bool {
     created || offered || read.contains(&true)
 }
 
+/// Other agents' accounts of what they hold of a VM and of hosts that are gone, and what users are told of them. A host's own file of
+/// removed hosts is read with the same care.
+pub fn recovery_body(bytes: &[u8]) -> bool {
+    write(&directory().join("removed-hosts.toml"), bytes);
+    let store = HostsStore::of(&directory());
+    let read = [
+        json::<recovery::HostStanding>(bytes).is_some(),
+        json::<recovery::RecoveryReport>(bytes).is_some(),
+        json::<removal::HostTies>(bytes).is_some(),
+        json::<removal::HostRemoval>(bytes).is_some(),
+        json::<removal::RemovedHosts>(bytes).is_some(),
+        store.load_removed().is_ok(),
+    ];
+    read.contains(&true)
+}
+
 /// Join tokens as people paste them, and the file of those given out.
 pub fn token(bytes: &[u8]) -> bool {
     write(&directory().join("tokens.json"), bytes);
@@ -345,6 +366,23 @@ pub(crate) struct Devices {
     pub(crate) serial: Serial,
 }
 
+/// A wire that leads nowhere.
+struct Wire(File);
+
+impl Backend for Wire {
+    fn file(&self) -> &File {
+        &self.0
+    }
+
+    fn offloads(&self) -> Offloads {
+        Offloads { checksum: true, tcp4: true, ..Offloads::default() }
+    }
+
+    fn set_offloads(&mut self, _: Offloads) -> io::Result<()> {
+        Ok(())
+    }
+}
+
 struct Nobody;
 
 impl MsiSender for Nobody {
@@ -365,9 +403,9 @@ impl Doorbells for Nobody {
 
 impl Devices {
     pub(crate) fn new() -> Self {
-        static HOST: OnceLock<(SharedMemory, DiskHandle)> = OnceLock::new();
-        // One disk and one RAM for all: opening a disk starts a thread.
-        let (memory, disk) = HOST.get_or_init(|| {
+        static HOST: OnceLock<(SharedMemory, DiskHandle, NetHandle)> = OnceLock::new();
+        // One disk, one NIC and one RAM for all: each opened starts a thread.
+        let (memory, disk, nic) = HOST.get_or_init(|| {
             let memory = GuestMemory::from_ranges(&[(GuestAddress(0), 4 << 20)]).expect("map RAM");
             let path = std::env::temp_dir().join(format!("vmove-decoders-{}.raw", std::process::id()));
             let spec = ImageSpec::new(ImageFormat::Raw, 1 << 20);
@@ -375,13 +413,20 @@ impl Devices {
             let disk = DiskHandle::open("disk", &path, OpenOptions::default()).expect("open it");
             // It lives as long as it is open.
             std::fs::remove_file(&path).expect("remove it");
-            (Arc::new(memory), disk)
+            let (wire, _) = UnixDatagram::pair().expect("make a wire");
+            wire.set_nonblocking(true).expect("make it non-blocking");
+            let wire = Wire(File::from(OwnedFd::from(wire)));
+            let mac = MacAddress::new([2, 0, 0, 0, 0, 1]).expect("an address");
+            let nic = NetHandle::open("nic", mac, Box::new(wire)).expect("start a NIC");
+            (Arc::new(memory), disk, nic)
         });
         let mut bus = PciBus::new(Arc::new(Nobody), Arc::new(Nobody));
         let block = Block::new(Arc::clone(memory), disk.clone(), "serial");
         bus.add_virtio("disk", Box::new(block)).expect("a free slot");
         let rng = Rng::new(Arc::clone(memory)).expect("make an entropy device");
         bus.add_virtio("entropy", Box::new(rng)).expect("a free slot");
+        let net = Net::new(Arc::clone(memory), nic.clone());
+        bus.add_virtio("nic", Box::new(net)).expect("a free slot");
         bus.pause_all().expect("pause devices that do nothing");
         let line = EventFd::new(0).expect("make an event");
         Self { bus, serial: Serial::new(line, Arc::new(Mutex::new(io::sink()))) }

@@ -68,6 +68,10 @@ pub fn all() -> Vec<Seed> {
     for (name, body) in bodies() {
         add("api", name, body.to_string().into_bytes());
     }
+    for (name, body) in accounts() {
+        add("recovery", name, body.to_string().into_bytes());
+    }
+    add("recovery", "removed-file", b"names = [\"b\", \"c\"]\n".to_vec());
     let token = format!("vmove1-{}-{}", "0123456789abcdef".repeat(2), "0123456789abcdef".repeat(4));
     add("token", "token", token.into_bytes());
     for (name, line) in lines() {
@@ -305,6 +309,41 @@ fn bodies() -> Vec<(&'static str, serde_json::Value)> {
                 "kernel": digest, "initrd": null, "dry_run": false,
             }),
         ),
+    ]
+}
+
+/// What agents say after a failure.
+fn accounts() -> Vec<(&'static str, serde_json::Value)> {
+    let held = json!({
+        "host": "b", "standing": "prepared", "generation": 2, "move_id": "67e55044-10b1-426f-9247-bb680e5fe0c8",
+        "other_host": "a", "waits_for": "a", "process": {"pid": 7, "state": "undecided"},
+        "images": [{
+            "disk": "vda", "datastore": "fast", "path": "/srv/fast/web/vda.qcow2", "allocated_bytes": 262_144,
+            "stamp": "incoming, generation 2",
+        }],
+        "next": "waits for host a",
+    });
+    let offer =
+        json!({"host": "b", "instead_of": "a", "effect": "it runs on host b", "risks": ["two hosts"]});
+    let tied = json!({"vm": "web", "host": "b", "what": "waits for host a"});
+    vec![
+        ("standing", held.clone()),
+        (
+            "report",
+            json!({
+                "vm": "web", "hosts": [held], "unreachable": [{"host": "a", "error": "no answer"}], "settled": false,
+                "owner": null, "summary": "web is not settled", "take_over": offer,
+            }),
+        ),
+        ("ties", json!({"reachable": false, "authority": true, "seen": ["web"], "waiting": [tied]})),
+        (
+            "removal",
+            json!({
+                "host": "a", "given_up": ["db"], "waiting": [tied], "unreachable": ["c"], "authority_lost": true,
+                "blockers": [],
+            }),
+        ),
+        ("removed", json!({"names": ["b", "c"]})),
     ]
 }
 
