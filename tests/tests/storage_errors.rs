@@ -104,6 +104,7 @@ fn a_target_disk_that_runs_full() {
     let words =
         ["disk vda", "host b, datastore fast", "at byte", "No space left on device", "make room there"];
     assert_failed(&cluster, &console, &id, &words);
+    assert!(!seen_by_b(&cluster, &cluster.image("b", "fast")).exists());
     fs::remove_file(&filler).unwrap();
     assert_moves(&cluster, &console);
 }
@@ -136,6 +137,7 @@ fn a_target_that_cannot_make_its_images() {
     });
     fs::remove_file(&filler).unwrap();
     let image = seen_by_b(&cluster, &cluster.image("b", "fast"));
+    assert!(!image.exists());
     images_that_cannot_be_made(&cluster, &console, &["vda.qcow2: File exists", "remove it there"], || {
         fs::create_dir_all(image.parent().unwrap()).unwrap();
         fs::write(&image, "somebody's").unwrap();
@@ -150,6 +152,7 @@ fn a_target_that_cannot_make_its_images() {
             remount(&cluster, "ro");
         },
     );
+    assert!(!image.exists());
     remount(&cluster, "rw");
     assert_moves(&cluster, &console);
 }
