@@ -291,7 +291,9 @@ fn parse_backing(
     }
     let bad = length == 0 || length > MAX_BACKING_NAME;
     field_unless(bad, "backing_file_size", u64::from(length))?;
-    let bad = offset < u64::from(header_length) || offset > cluster - u64::from(length);
+    // The name may be longer than the smallest clusters.
+    let outside = offset.checked_add(u64::from(length)).is_none_or(|end| end > cluster);
+    let bad = offset < u64::from(header_length) || outside;
     field_unless(bad, "backing_file_offset", offset)?;
     Ok(Some(BackingName { name: raw.text(offset, u64::from(length), "backing file name")?, format }))
 }
@@ -397,6 +399,19 @@ mod tests {
         assert!(matches!(patched(72, &4u64.to_be_bytes()), Err(HeaderError::Unsupported(_))));
         assert_eq!(patched(72, &1u64.to_be_bytes()).unwrap().must_be_clean(), Err(HeaderError::Dirty));
         assert_eq!(patched(72, &2u64.to_be_bytes()).unwrap().must_be_clean(), Err(HeaderError::Corrupt));
+    }
+
+    #[test]
+    fn a_backing_name_longer_than_a_cluster_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a.qcow2");
+        create(&path, &ImageSpec { cluster_bytes: 512, ..ImageSpec::new(ImageFormat::Qcow2, 64 << 10) })
+            .unwrap();
+        let mut bytes = std::fs::read(&path).unwrap();
+        bytes[8..16].copy_from_slice(&104u64.to_be_bytes());
+        bytes[16..20].copy_from_slice(&600u32.to_be_bytes());
+        let refused = Header::parse(&bytes[..512], bytes.len() as u64);
+        assert_eq!(refused, Err(HeaderError::Field { field: "backing_file_offset", value: 104 }));
     }
 
     proptest! {
