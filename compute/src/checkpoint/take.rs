@@ -260,7 +260,10 @@ impl Hold<'_> {
                 .machine
                 .disk(name)
                 .ok_or_else(|| MoveError::Machine(format!("the VM has no disk {name}")))?;
-            self.mirrors.push(BlocksOut::start(disk, index, link, Arc::clone(&pace), task.events.0.clone())?);
+            let place = &task.order.place;
+            let to = format!("the checkpoint on host {}, datastore {}", place.host, place.datastore);
+            let (pace, events) = (Arc::clone(&pace), task.events.0.clone());
+            self.mirrors.push(BlocksOut::start(disk, index, (link, to), pace, events)?);
         }
         stop_points::reach("checkpoint.mirror");
         self.until_disks_are(DiskState::Synced, None)

@@ -55,12 +55,12 @@ pub fn at_source(disk: &str, place: (u64, u64), error: &BlockError) -> String {
 fn advice(number: i32, place: &str) -> String {
     match number {
         libc::ENOSPC | libc::EDQUOT => {
-            format!("make room {place} or name another datastore, then move again")
+            format!("make room {place} or name another datastore, then try again")
         }
         libc::EROFS => {
             format!("the file system {place} is read-only: mount it for writing or name another datastore")
         }
-        libc::EEXIST => format!("remove it {place} or name another datastore, then move again"),
+        libc::EEXIST => format!("remove it {place} or name another datastore, then try again"),
         libc::EACCES | libc::EPERM => {
             format!("let the agent {place} write to the datastore, or name another one")
         }
@@ -85,7 +85,7 @@ mod tests {
         assert_eq!(
             at_creation(&place, &exists),
             "disk vda cannot be made in datastore fast: make image /srv/fast/vm/vda.qcow2: File exists (os error 17); remove it \
-             there or name another datastore, then move again"
+             there or name another datastore, then try again"
         );
         let full = BlockError::Io {
             action: "create",
@@ -95,7 +95,7 @@ mod tests {
         let said = at_creation(&place, &MoveError::disk("vda")(full));
         assert!(
             said.contains("No space left")
-                && said.ends_with("make room there or name another datastore, then move again")
+                && said.ends_with("make room there or name another datastore, then try again")
         );
         assert_eq!(said.matches("vda:").count(), 0, "{said}");
     }
@@ -106,7 +106,7 @@ mod tests {
         assert_eq!(
             said,
             "disk vda: host b, datastore fast cannot write 4096 bytes at byte 65536: No space left on device (os error 28); make \
-             room there or name another datastore, then move again"
+             room there or name another datastore, then try again"
         );
         let said = at_target("vda", "host b, datastore fast", None, Failure { error: 0 });
         assert!(said.contains("cannot flush") && said.contains("see the log"), "{said}");

@@ -7,7 +7,7 @@
 
 use std::{env, fs, path::PathBuf, thread, time::Duration};
 
-/// All points. A test that claims to stop at every one compares its cases with this.
+/// All points of moves. A test that claims to stop at every one compares its cases with this.
 pub const POINTS: [&str; 48] = [
     "source.collect-dirty",
     "source.connect",
@@ -62,7 +62,8 @@ pub const POINTS: [&str; 48] = [
 /// Holds here if a test wants it.
 pub fn reach(name: &str) {
     let Some(dir) = env::var_os("VMOVE_STOP_DIR").map(PathBuf::from) else { return };
-    debug_assert!(POINTS.contains(&name), "{name} is missing from the list of stop points");
+    let of_a_move = name.starts_with("source.") || name.starts_with("target.");
+    debug_assert!(!of_a_move || POINTS.contains(&name), "{name} is missing from the list of stop points");
     let hold = dir.join(format!("{name}.hold"));
     if !hold.exists() {
         return;
