@@ -3,7 +3,7 @@
 
 use std::fs::File;
 use std::io::{Read, Write};
-use std::process::{Command, Stdio};
+use std::process::Command;
 
 use nix::pty::openpty;
 use vmove::api::recovery::{RecoveryReport, StandingKind};
