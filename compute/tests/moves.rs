@@ -236,6 +236,7 @@ fn order(id: &str, target: Option<Listening>, path: PathBuf) -> Request {
         keep_source: false,
         audit: true,
         plain: true,
+        predicted: None,
     }))
 }
 
@@ -412,6 +413,8 @@ fn a_cancel_at_any_moment_leaves_exactly_one_owner() {
             }
             "cancelled" => {
                 cancelled += 1;
+                // As the agent does: a target that had lost its connections would wait for them to be made again.
+                let _ = target.ask_if_there(&Request::Cancel);
                 target.ended.join().unwrap().unwrap();
                 assert!(!target.dir.join("vda.qcow2").exists());
                 until("the end of the move", || process.status().moving.is_none().then_some(()));

@@ -8,6 +8,7 @@
 //! | [`source`], [`committed`] | the side a VM leaves: phases, rounds, the commit; what is left to do after it |
 //! | [`target`] | the side a VM reaches |
 //! | [`precopy`] | another round, the switchover, or no convergence |
+//! | [`predict`] | what a move would take, from measured rates |
 //! | [`block`] | the mirror of one disk: background copy beside guest writes |
 //! | [`journal`], [`recovery`] | who owns the VM, on disk; what to do with what is found there after a crash |
 //! | [`wire`] | bytes between the two sides: hello, versions, frames, messages |
@@ -26,6 +27,7 @@ pub mod journal;
 pub mod ledger;
 pub mod pages;
 pub mod precopy;
+pub mod predict;
 pub mod recovery;
 pub mod source;
 pub mod target;

@@ -30,7 +30,7 @@ pub const BATCH_PAGES: u64 = 2048;
 /// Batches under way at once, so that the stream never waits for a decision.
 const BATCHES: u32 = 2;
 /// What a pause is taken to cost without any page, before one was measured.
-const FIXED_COST: Micros = 10_000;
+pub(crate) const FIXED_COST: Micros = 10_000;
 /// Times that damaged pages are sent again in the pause.
 const MAX_REPAIRS: u32 = 3;
 /// Times that a move's connections are made anew. A link that bad is no link.

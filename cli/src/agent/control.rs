@@ -51,6 +51,7 @@ pub fn unexpected(reply: &Reply) -> ControlError {
         Reply::Status(_) => "status",
         Reply::MoveStatus(_) => "move status",
         Reply::Verdict(_) => "verdict",
+        Reply::Measured(_) => "measurement",
         Reply::Error(_) => "error",
     };
     ControlError::Failed(format!("an answer of another kind ({kind})"))

@@ -17,8 +17,8 @@ use utoipa_axum::routes;
 use super::error::ApiError;
 use super::listener::{Caller, TlsListener, listen_unix};
 use super::{
-    Agent, AgentError, forward, routes_checkpoint, routes_host, routes_peer, routes_recovery, routes_removal,
-    routes_vm,
+    Agent, AgentError, forward, routes_checkpoint, routes_estimate, routes_host, routes_peer,
+    routes_recovery, routes_removal, routes_vm,
 };
 
 /// The document's head.
@@ -93,7 +93,8 @@ fn build(agent: Option<Arc<Agent>>) -> (OpenApiRouter<Arc<Agent>>, Option<Arc<Ag
         .routes(routes!(routes_vm::power_button))
         .routes(routes!(routes_vm::console))
         .routes(routes!(routes_vm::move_vm))
-        .routes(routes!(routes_checkpoint::take));
+        .routes(routes!(routes_checkpoint::take))
+        .routes(routes!(routes_estimate::estimate));
     let mut moves = OpenApiRouter::new().routes(routes!(routes_vm::progress, routes_vm::cancel));
     if let Some(agent) = &agent {
         vms = vms.route_layer(from_fn_with_state(agent.clone(), forward::vm_elsewhere));
@@ -120,6 +121,7 @@ fn build(agent: Option<Arc<Agent>>) -> (OpenApiRouter<Arc<Agent>>, Option<Arc<Ag
         .routes(routes!(routes_checkpoint::remove))
         .routes(routes!(routes_checkpoint::restore))
         .routes(routes!(routes_checkpoint::file))
+        .routes(routes!(routes_estimate::probe))
         .routes(routes!(routes_peer::offer))
         .routes(routes!(routes_peer::discard))
         .routes(routes!(routes_peer::file))

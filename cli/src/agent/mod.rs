@@ -23,6 +23,7 @@ pub mod console;
 pub mod control;
 pub mod create;
 pub mod error;
+mod estimate;
 pub mod forward;
 pub mod hostinfo;
 pub mod http;
@@ -35,6 +36,7 @@ mod networks;
 mod other_end;
 pub mod peers;
 pub mod plan;
+mod probe;
 pub mod process;
 mod recover;
 #[cfg(test)]
@@ -47,6 +49,7 @@ pub mod restore;
 #[cfg(test)]
 mod restore_tests;
 mod routes_checkpoint;
+mod routes_estimate;
 mod routes_host;
 mod routes_peer;
 mod routes_recovery;
@@ -142,6 +145,8 @@ pub struct Agent {
     peers: Arc<Peers>,
     registry: Arc<Registry>,
     arrivals: Mutex<Arrivals>,
+    /// Held by a probe that is taken in.
+    probing: tokio::sync::Mutex<()>,
     program: PathBuf,
     /// True once the agent is to end; long waits give up then.
     ending: watch::Sender<bool>,
@@ -185,6 +190,7 @@ impl Agent {
             peers,
             registry,
             arrivals: Mutex::default(),
+            probing: tokio::sync::Mutex::default(),
             program,
             ending: watch::Sender::new(false),
             config,

@@ -275,6 +275,7 @@ impl Agent {
             keep_source: draft.request.keep_source,
             audit: draft.request.audit,
             plain: draft.request.insecure_plain,
+            predicted: super::estimate::remembered(vm, &draft.plan, &draft.request),
         };
         let text = serde_json::to_string(&draft.request)
             .map_err(|e| ApiError::internal(format!("cannot write the request: {e}")))?;

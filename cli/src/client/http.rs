@@ -13,6 +13,7 @@ use serde::de::DeserializeOwned;
 
 use super::{ClientError, connect_unix};
 use crate::api::checkpoint::{CheckpointBegun, CheckpointList, RestoreCheckpoint, TakeCheckpoint};
+use crate::api::estimate::{Estimate, EstimateRequest};
 use crate::api::recovery::{HostStanding, RecoveryReport};
 use crate::api::removal::HostRemoval;
 use crate::api::types::{
@@ -132,6 +133,11 @@ impl Client {
     ) -> Result<VmSummary, ClientError> {
         let path = format!("/v1/checkpoints/{}/{}/restore", segment(vm), segment(name));
         self.call(Method::POST, &path, Some(request)).await
+    }
+
+    /// What a move would take.
+    pub async fn estimate(&self, vm: &str, request: &EstimateRequest) -> Result<Estimate, ClientError> {
+        self.call(Method::POST, &format!("/v1/vms/{}/estimate", segment(vm)), Some(request)).await
     }
 
     /// How far a move is, or how it ended.

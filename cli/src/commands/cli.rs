@@ -10,6 +10,7 @@ use super::agent::AgentArgs;
 use super::checkpoint::{CheckpointArgs, CheckpointsArgs, RestoreArgs};
 use super::console::ConsoleArgs;
 use super::create::CreateArgs;
+use super::estimate::EstimateArgs;
 use super::hosts::{DatastoreCommand, HostCommand};
 use super::image::ImageCommand;
 use super::init::{InitArgs, TokenArgs};
@@ -72,6 +73,8 @@ pub enum Command {
     Checkpoints(CheckpointsArgs),
     /// Have a stopped VM go on from a checkpoint
     Restore(RestoreArgs),
+    /// What a move would take: watches the VM and the way for a few seconds
+    Estimate(EstimateArgs),
     /// How far a move is, or how it ended
     Status(MoveIdArgs),
     /// Give up a move

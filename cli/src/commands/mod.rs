@@ -10,6 +10,7 @@ mod confirm;
 mod console;
 mod create;
 mod error;
+mod estimate;
 mod hosts;
 mod image;
 mod init;
@@ -82,6 +83,7 @@ async fn with_agent(command: Command, client: &Client) -> Result<(), CommandErro
         Command::Restore(args) => args.run(client).await,
         Command::Status(args) => args.status(client).await,
         Command::Cancel(args) => args.cancel(client).await,
+        Command::Estimate(args) => args.run(client).await,
         Command::Recover(args) => args.run(client).await,
         Command::Host(command) => command.run(client).await,
         Command::Datastore(command) => command.run(client).await,

@@ -55,7 +55,7 @@ pub struct MoveArgs {
     pub detach: bool,
 }
 
-fn disk_target(text: &str) -> Result<(String, String), String> {
+pub(super) fn disk_target(text: &str) -> Result<(String, String), String> {
     match text.split_once('=') {
         Some((name, datastore)) if !name.is_empty() && !datastore.is_empty() => {
             Ok((name.to_owned(), datastore.to_owned()))
@@ -64,12 +64,23 @@ fn disk_target(text: &str) -> Result<(String, String), String> {
     }
 }
 
-fn rate(text: &str) -> Result<u64, String> {
+pub(super) fn rate(text: &str) -> Result<u64, String> {
     match units::parse_rate(text) {
         Ok(0) => Err("a rate of 0 would never end".to_owned()),
         Ok(rate) => Ok(rate),
         Err(error) => Err(error.to_string()),
     }
+}
+
+/// The targets of single disks, each named once.
+pub(super) fn targets(given: &[(String, String)]) -> Result<BTreeMap<String, String>, CommandError> {
+    let mut disks = BTreeMap::new();
+    for (name, datastore) in given {
+        if disks.insert(name.clone(), datastore.clone()).is_some() {
+            return Err(CommandError::Usage(format!("--disk {name} is given twice")));
+        }
+    }
+    Ok(disks)
 }
 
 impl MoveArgs {
@@ -91,16 +102,10 @@ impl MoveArgs {
         if self.goes_nowhere() {
             return Err(self.where_to());
         }
-        let mut disks = BTreeMap::new();
-        for (name, datastore) in &self.disk {
-            if disks.insert(name.clone(), datastore.clone()).is_some() {
-                return Err(CommandError::Usage(format!("--disk {name} is given twice")));
-            }
-        }
         Ok(MoveRequest {
             host: self.host.clone(),
             datastore: self.datastore.clone(),
-            disks,
+            disks: targets(&self.disk)?,
             dry_run: self.dry_run,
             max_downtime_ms: self.max_downtime.as_millis() as u64,
             bandwidth: self.bandwidth,
@@ -332,6 +337,7 @@ mod tests {
                 verified: true,
                 digest: String::new(),
                 reason: None,
+                predicted: None,
             }),
             error: Some("link lost".into()),
         }

@@ -165,6 +165,7 @@ pub fn aborted(
         verified: false,
         digest: String::new(),
         reason: Some(reason.to_owned()),
+        predicted: order.predicted.clone(),
     }
 }
 
@@ -223,5 +224,6 @@ pub fn committed(
         digest: vmove_mirror::digest::hex(&digest),
         reason: (!confirmed)
             .then(|| "committed, but the target could not confirm that it runs: ask its host".into()),
+        predicted: order.predicted.clone(),
     }
 }

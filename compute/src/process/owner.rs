@@ -19,6 +19,7 @@ use std::{
         mpsc::{self, Receiver, Sender},
     },
     thread,
+    time::Duration,
 };
 
 use vmove_mirror::{
@@ -33,6 +34,7 @@ use super::{
         wire::{MAX_TEXT, ServerMsg},
     },
     control,
+    measure::Watch,
     protocol::{
         CONSOLE_SOCKET, CONTROL_SOCKET, DiskDefinition, DiskPlacement, ImageShape, IncomingSpec,
         JOURNAL_FILE, LAUNCH_FILE, LaunchSpec, Listening, MoveOrder, ProcessStatus, Reply, Request, RunState,
@@ -120,6 +122,7 @@ struct Shared {
     journal: Arc<Mutex<VmJournal>>,
     board: Arc<ProgressBoard>,
     console: Console,
+    measuring: Watch,
     wake: Sender<Wake>,
 }
 
@@ -163,6 +166,7 @@ pub fn run(dir: &Path) -> Result<(), ProcessError> {
             Start::Boot => Console::new(uuid::Uuid::new_v4().into_bytes()),
             Start::Incoming(_) | Start::Restore(_) => Console::arriving(),
         },
+        measuring: Watch::default(),
         wake,
     });
     let machine = match &spec.start {
@@ -387,6 +391,7 @@ fn live(
                     ExitReason::Shutdown => return end(shared, machine),
                     ExitReason::Reset => {
                         shared.lock().machine = None;
+                        shared.measuring.give_way();
                         stop(machine)?;
                         machine = boot(shared)?;
                         machine.resume()?;
@@ -437,6 +442,7 @@ fn watch(shared: &Arc<Shared>, machine: &Arc<Machine>) {
 
 fn end(shared: &Shared, machine: Arc<Machine>) -> Result<Left, ProcessError> {
     shared.lock().machine = None;
+    shared.measuring.give_way();
     stop(machine)?;
     Ok(Left::Stopped)
 }
@@ -502,11 +508,32 @@ fn answer(shared: &Arc<Shared>, request: Request) -> Reply {
             decide(shared, &move_id, target::Event::Resolved(from_protocol(verdict)))
         }
         Request::TakeOver { move_id } => decide(shared, &move_id, target::Event::TakeOver),
+        Request::Measure { millis } => match measure(shared, Duration::from_millis(millis)) {
+            Ok(()) => Reply::Ok,
+            Err(why) => Reply::Error(why),
+        },
+        Request::Measured => match shared.measuring.result() {
+            Ok(seen) => Reply::Measured(seen.map(Box::new)),
+            Err(why) => Reply::Error(why),
+        },
         Request::Cleared { move_id } => match cleared(shared, move_id) {
             Ok(()) => Reply::Ok,
             Err(why) => Reply::Error(why),
         },
     }
+}
+
+/// Begins to watch the VM for an estimate, unless it is on the move.
+fn measure(shared: &Shared, time: Duration) -> Result<(), String> {
+    // Held until the watch is known: a move that begins meanwhile has to find it.
+    let state = shared.lock();
+    if let Some((id, _)) = &state.moving {
+        return Err(format!("the VM is on the move ({id})"));
+    }
+    let Some(machine) = state.machine.clone() else {
+        return Err("the VM does not run here".into());
+    };
+    shared.measuring.begin(machine, &shared.dir, time)
 }
 
 fn status(shared: &Shared) -> ProcessStatus {
@@ -557,6 +584,7 @@ fn begin_move(shared: &Arc<Shared>, order: MoveOrder) -> Result<(), String> {
         return Err("nothing is to be moved: the disks are there already".into());
     }
     end_dangling(shared)?;
+    shared.measuring.give_way();
     let (sender, inbox) = mpsc::channel();
     let task = SourceMove {
         machine,

@@ -10,6 +10,8 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 use vmove_devices::net::{Attachment, MacAddress};
 
+use super::measure::Measurement;
+
 /// File in the VM's directory that holds the [`LaunchSpec`] (JSON).
 pub const LAUNCH_FILE: &str = "launch.json";
 /// Control socket in the VM's directory.
@@ -200,7 +202,7 @@ pub struct IncomingSpec {
 }
 
 /// A question to a VM process.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Request {
     /// What are you doing?
@@ -234,6 +236,13 @@ pub enum Request {
         /// The move.
         move_id: String,
     },
+    /// Watch the running VM, for an estimate of its move; answered at once, followed with [`Request::Measured`].
+    Measure {
+        /// For how long, ms.
+        millis: u64,
+    },
+    /// What was seen?
+    Measured,
     /// To the source of an aborted move: its target has said that it holds nothing of it. Journals that.
     Cleared {
         /// The move.
@@ -255,6 +264,8 @@ pub enum Reply {
     MoveStatus(Option<Box<MoveProgress>>),
     /// To [`Request::Verdict`].
     Verdict(Verdict),
+    /// To [`Request::Measured`]; none while it goes on.
+    Measured(Option<Box<Measurement>>),
     /// Refused or failed; nothing was changed.
     Error(String),
 }
@@ -320,7 +331,7 @@ pub struct Listening {
 }
 
 /// The order to move a VM, complete and checked by the agents.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct MoveOrder {
     /// The move's id (UUID text).
     pub move_id: String,
@@ -342,6 +353,29 @@ pub struct MoveOrder {
     pub audit: bool,
     /// No TLS on the data connections.
     pub plain: bool,
+    /// What an estimate has foreseen of it, for the report.
+    #[serde(default)]
+    pub predicted: Option<Predicted>,
+}
+
+/// A figure from its best to its worst case.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct Range {
+    /// The best.
+    pub low: f64,
+    /// The worst.
+    pub high: f64,
+}
+
+/// What an estimate has foreseen of a move, in the report's units.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct Predicted {
+    /// From the order to the end, ms.
+    pub total_ms: Range,
+    /// The pause, ms.
+    pub downtime_ms: Range,
+    /// Bytes sent for RAM and disks.
+    pub bytes: Range,
 }
 
 /// The order to take a checkpoint.
@@ -435,6 +469,9 @@ pub struct MoveReport {
     /// Why it ended so, when not completed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
+    /// What an estimate made shortly before had foreseen.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub predicted: Option<Predicted>,
 }
 
 /// Parts of the downtime, ms.

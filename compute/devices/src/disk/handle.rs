@@ -109,6 +109,17 @@ impl DiskHandle {
         self.send(Command::Run(task))
     }
 
+    /// Bytes of data that the guest has had written since the image was opened.
+    pub fn written_bytes(&self) -> Result<u64, DeviceError> {
+        let (reply, answer) = mpsc::channel();
+        self.run(Box::new(move |disk| {
+            // Whoever asked may have gone.
+            let _ = reply.send(disk.path().written_bytes());
+            Box::pin(async {})
+        }))?;
+        answer.recv().map_err(|_| self.gone())
+    }
+
     /// Stops taking guest requests and waits until all in flight are in the used ring. Works while the vCPUs are
     /// stopped. Notifications that come meanwhile are served after [`resume`](Self::resume).
     pub fn pause(&self) -> Result<(), DeviceError> {

@@ -3,7 +3,7 @@
 //! What lives here: one function an operation, and the two things that may be exchanged between requests. What never
 //! enters: rings, threads, what the tap does.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 
 use futures_util::future::LocalBoxFuture;
@@ -53,16 +53,23 @@ pub struct SizeMismatch {
 pub struct DiskPath {
     device: RefCell<Rc<BlockDevice>>,
     tap: RefCell<Option<Rc<dyn WriteTap>>>,
+    /// Bytes of data that the guest had written.
+    written: Cell<u64>,
 }
 
 impl DiskPath {
     pub(super) fn new(device: BlockDevice) -> Self {
-        Self { device: RefCell::new(Rc::new(device)), tap: RefCell::new(None) }
+        Self { device: RefCell::new(Rc::new(device)), tap: RefCell::new(None), written: Cell::new(0) }
     }
 
     /// The image of now.
     pub fn device(&self) -> Rc<BlockDevice> {
         Rc::clone(&self.device.borrow())
+    }
+
+    /// Bytes of data that the guest has had written since the image was opened.
+    pub fn written_bytes(&self) -> u64 {
+        self.written.get()
     }
 
     /// Puts a tap in front of all later writes, or takes it away. No write is in flight meanwhile, which `Quiet`
@@ -95,6 +102,8 @@ impl DiskPath {
 
     /// Writes from guest memory.
     pub async fn write(&self, offset: u64, data: &[GuestSlice<'_>]) -> Result<(), BlockError> {
+        let bytes: usize = data.iter().map(GuestSlice::len).sum();
+        self.written.set(self.written.get() + bytes as u64);
         let tap = self.tap.borrow().clone();
         if let Some(tap) = tap {
             return tap.write(offset, data).await;
