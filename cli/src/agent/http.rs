@@ -18,7 +18,7 @@ use super::error::ApiError;
 use super::listener::{Caller, TlsListener, listen_unix};
 use super::{
     Agent, AgentError, forward, routes_checkpoint, routes_estimate, routes_host, routes_peer,
-    routes_recovery, routes_removal, routes_vm,
+    routes_recovery, routes_removal, routes_vm, routes_watch,
 };
 
 /// The document's head.
@@ -112,6 +112,9 @@ fn build(agent: Option<Arc<Agent>>) -> (OpenApiRouter<Arc<Agent>>, Option<Arc<Ag
         .routes(routes!(routes_vm::list, routes_vm::create))
         .merge(vms)
         .merge(moves)
+        .routes(routes!(routes_watch::moves))
+        .routes(routes!(routes_watch::events))
+        .routes(routes!(routes_watch::metrics))
         .routes(routes!(routes_recovery::recover))
         .routes(routes!(routes_recovery::take_over))
         .routes(routes!(routes_recovery::discard_lost))

@@ -31,6 +31,7 @@ pub mod images;
 pub mod incoming;
 pub mod launch;
 pub mod listener;
+mod metrics;
 pub mod moves;
 mod networks;
 mod other_end;
@@ -55,9 +56,11 @@ mod routes_peer;
 mod routes_recovery;
 mod routes_removal;
 mod routes_vm;
+mod routes_watch;
 pub mod settle;
 pub mod vmdir;
 pub mod vms;
+mod watched;
 
 use std::fs::{File, OpenOptions, TryLockError};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
@@ -145,6 +148,8 @@ pub struct Agent {
     peers: Arc<Peers>,
     registry: Arc<Registry>,
     arrivals: Mutex<Arrivals>,
+    /// Moves that are led from here.
+    watched: watched::Watched,
     /// Held by a probe that is taken in.
     probing: tokio::sync::Mutex<()>,
     program: PathBuf,
@@ -190,6 +195,7 @@ impl Agent {
             peers,
             registry,
             arrivals: Mutex::default(),
+            watched: watched::Watched::default(),
             probing: tokio::sync::Mutex::default(),
             program,
             ending: watch::Sender::new(false),

@@ -28,6 +28,7 @@ use crate::api::types::{
     DiskAction, DiskPlacement, FileDigest, ImageShape, Listening, MoveAccepted, MoveAnswer, MovePlan,
     MoveProgress, MoveRequest, Offer, OfferAccepted, OfferedDisk, PEER_VERSION, VmState,
 };
+use crate::api::watch::WatchedMove;
 use crate::identity::files::write_private;
 
 /// The request a VM's last move was begun with, in its directory.
@@ -301,14 +302,22 @@ impl Agent {
         reservation: Reservation,
     ) {
         let Ok(vm) = self.registry.vm(name) else { return };
+        let shown = |progress: MoveProgress| WatchedMove {
+            vm: name.to_owned(),
+            from_host: self.config.name.clone(),
+            to_host: target.clone().unwrap_or_else(|| self.config.name.clone()),
+            progress,
+        };
         let last = loop {
             let answer = control::ask(vm.path(), &Request::MoveStatus).await;
             let deaf = matches!(answer, Err(ControlError::Gone(_)));
             if let Ok(Reply::MoveStatus(Some(progress))) = answer
                 && progress.move_id == move_id
-                && has_ended(&progress)
             {
-                break Some(*progress);
+                if has_ended(&progress) {
+                    break Some(*progress);
+                }
+                self.watched.seen(shown(*progress));
             }
             if deaf && self.wait_gone(&vm, FOLLOW_INTERVAL).await {
                 break vm.saved_move(move_id);
@@ -317,6 +326,10 @@ impl Agent {
                 return;
             }
         };
+        match &last {
+            Some(progress) => self.watched.ended(shown(progress.clone())),
+            None => self.watched.lost(move_id),
+        }
         match last.as_ref().map(|progress| (&progress.phase, &progress.report, &progress.error)) {
             Some((phase, _, error)) => tracing::info!(vm = name, move_id, phase, ?error, "move ended"),
             None => tracing::warn!(vm = name, move_id, "the VM's process ended without a report of its move"),

@@ -22,7 +22,7 @@ use crate::api::types::{
 pub struct ListQuery {
     /// Also those of the other hosts.
     #[serde(default)]
-    all: bool,
+    pub(super) all: bool,
 }
 
 /// VMs of this host, or of all hosts.

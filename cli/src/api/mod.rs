@@ -7,3 +7,4 @@ pub mod estimate;
 pub mod recovery;
 pub mod removal;
 pub mod types;
+pub mod watch;

@@ -20,6 +20,7 @@ use crate::api::types::{
     CONSOLE_PROTOCOL, CreateVm, ErrorBody, ErrorDetail, HostInfo, KnownHost, MoveAnswer, MoveProgress,
     MoveRequest, VmDetail, VmList, VmSummary,
 };
+use crate::api::watch::MoveList;
 
 /// Largest answer that is read, bytes.
 const MAX_ANSWER: usize = 64 << 20;
@@ -138,6 +139,11 @@ impl Client {
     /// What a move would take.
     pub async fn estimate(&self, vm: &str, request: &EstimateRequest) -> Result<Estimate, ClientError> {
         self.call(Method::POST, &format!("/v1/vms/{}/estimate", segment(vm)), Some(request)).await
+    }
+
+    /// All moves of the cluster that go on or ended moments ago.
+    pub async fn moves(&self) -> Result<MoveList, ClientError> {
+        self.call(Method::GET, "/v1/moves?all=true", None::<&()>).await
     }
 
     /// How far a move is, or how it ended.

@@ -17,6 +17,7 @@ use super::init::{InitArgs, TokenArgs};
 use super::join::JoinArgs;
 use super::move_vm::{MoveArgs, MoveIdArgs};
 use super::recover::RecoverArgs;
+use super::status::StatusArgs;
 use super::stop::StopArgs;
 use super::vm_process::VmProcessArgs;
 use super::vms::{ListArgs, ShowArgs, VmArgs};
@@ -75,8 +76,8 @@ pub enum Command {
     Restore(RestoreArgs),
     /// What a move would take: watches the VM and the way for a few seconds
     Estimate(EstimateArgs),
-    /// How far a move is, or how it ended
-    Status(MoveIdArgs),
+    /// How far a move is, or how it ended; without a name all moves of the cluster
+    Status(StatusArgs),
     /// Give up a move
     Cancel(MoveIdArgs),
     /// Settle who owns a VM after a failure, and show who holds what of it

@@ -17,6 +17,7 @@ mod init;
 mod join;
 mod move_vm;
 mod recover;
+mod status;
 mod stop;
 mod vm_process;
 mod vms;
@@ -81,7 +82,7 @@ async fn with_agent(command: Command, client: &Client) -> Result<(), CommandErro
         Command::Checkpoint(args) => args.run(client).await,
         Command::Checkpoints(args) => args.run(client).await,
         Command::Restore(args) => args.run(client).await,
-        Command::Status(args) => args.status(client).await,
+        Command::Status(args) => args.run(client).await,
         Command::Cancel(args) => args.cancel(client).await,
         Command::Estimate(args) => args.run(client).await,
         Command::Recover(args) => args.run(client).await,

@@ -216,7 +216,7 @@ fn outcome<'a>(vm: &str, ended: &'a MoveProgress) -> Result<&'a MoveReport, Comm
     }
 }
 
-/// Arguments of `status` and `cancel`.
+/// Arguments of `cancel`, and of `status` for one move.
 #[derive(Debug, Clone, PartialEq, Eq, clap::Args)]
 pub struct MoveIdArgs {
     /// A VM on the move, or the id of a move

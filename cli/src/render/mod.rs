@@ -4,6 +4,7 @@
 
 pub mod progress;
 pub mod report;
+pub mod screen;
 pub mod table;
 pub mod units;
 

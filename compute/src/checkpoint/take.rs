@@ -243,6 +243,7 @@ impl Taking {
             verified: error.is_none(),
             digest: if error.is_none() { digest::hex(&counted.digest) } else { String::new() },
             reason: error.map(ToString::to_string),
+            predicted: None,
         }
     }
 }

@@ -157,6 +157,8 @@ impl TargetMove {
 
     /// Carries it through. Blocks until it has ended one way or the other.
     pub fn run(self) -> TargetEnd {
+        // In every line that this thread logs.
+        let _span = tracing::info_span!("move", id = self.spec.move_id).entered();
         let plan = match self.plan() {
             Ok(plan) => plan,
             Err(error) => return TargetEnd::Refused(error.to_string()),

@@ -19,7 +19,7 @@ use serde::{Deserialize, Serialize};
 use vmove_mirror::{
     PAGE_BYTES,
     pages::PageSet,
-    predict::{DirtyPoint, Span},
+    predict::{DirtyPoint, DirtySampler, Span},
 };
 
 use crate::{
@@ -27,8 +27,8 @@ use crate::{
     memory::{self, is_zero},
 };
 
-/// The shortest span over which pages are counted; every later one is twice as long.
-const FIRST_SPAN: Duration = Duration::from_millis(25);
+/// The shortest span over which pages are counted.
+const WINDOW: Duration = Duration::from_millis(50);
 /// The longest watch that is asked for.
 pub const LONGEST: Duration = Duration::from_secs(60);
 /// Pages looked at to tell how many of those touched are zero.
@@ -148,27 +148,16 @@ fn look(machine: &Machine, dir: &Path, time: Duration, stop: &Receiver<()>) -> R
         machine.disks().iter().map(|disk| disk.written_bytes().map_err(|e| e.to_string())).collect()
     };
     let (began, before) = (Instant::now(), written()?);
-    // Spans 1, 1, 2, 4, 8...: each is as long as all before it, so that it is a second look at a span of that length.
-    let mut union = PageSet::empty(pages);
-    let mut dirty: Vec<(u64, u64, u64)> = Vec::new();
-    let (mut span, mut last) = (FIRST_SPAN, began);
+    let mut sampler = DirtySampler::default();
+    let mut last = began;
     while began.elapsed() < time {
-        match stop.recv_timeout((last + span).saturating_duration_since(Instant::now())) {
+        match stop.recv_timeout((last + WINDOW).saturating_duration_since(Instant::now())) {
             Err(RecvTimeoutError::Timeout) => {}
             _ => return Err("the measurement has made way for something else".into()),
         }
-        let new = PageSet::from_words(machine.dirty_log().collect().map_err(words)?, pages);
+        let pages = PageSet::from_words(machine.dirty_log().collect().map_err(words)?, pages);
         let now = Instant::now();
-        let all = now - began;
-        if let Some((before, fewest, most)) = dirty.last_mut() {
-            // As it would have been in the time of the look before: a span is never exactly as long as was wanted.
-            let again = u128::from(new.len()) * u128::from(*before) / (now - last).as_micros().max(1);
-            *fewest = (*fewest).min(again as u64);
-            *most = (*most).max(again as u64);
-            span = all;
-        }
-        union.merge(&new);
-        dirty.push((all.as_micros() as u64, union.len(), union.len()));
+        sampler.window(pages, (now - last).as_micros() as u64);
         last = now;
     }
     let watched = began.elapsed();
@@ -180,7 +169,7 @@ fn look(machine: &Machine, dir: &Path, time: Duration, stop: &Receiver<()>) -> R
     let disks = disks.collect();
     let resident = PageSet::from_words(machine.ram().resident().map_err(words)?, pages);
     Ok(Measurement {
-        dirty,
+        dirty: sampler.points().iter().map(|p| (p.within, p.pages.low, p.pages.high)).collect(),
         ram_pages: pages,
         resident_pages: resident.len(),
         zero_permille: zero_permille(machine, resident)?,

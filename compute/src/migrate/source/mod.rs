@@ -159,6 +159,8 @@ enum Flow {
 impl SourceMove {
     /// Makes the move. Blocks until it has ended one way or the other.
     pub fn run(self) -> SourceEnd {
+        // In every line that this thread logs.
+        let _span = tracing::info_span!("move", id = self.order.move_id).entered();
         let (events, inbox) = self.events;
         let pace = Arc::new(Pace::new(self.order.bandwidth));
         self.board.begin(&self.order.move_id);

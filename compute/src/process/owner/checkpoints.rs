@@ -35,6 +35,7 @@ pub(super) fn begin(shared: &Arc<Shared>, order: CheckpointOrder) -> Result<(), 
         let place = place.ok_or_else(|| format!("disk {} has no image", definition.name))?;
         shapes.push(shape(definition, &place.path)?);
     }
+    shared.measuring.give_way();
     let (sender, inbox) = mpsc::channel();
     state.moving = Some((order.id.clone(), sender.clone()));
     shared.board.begin(&order.id);
