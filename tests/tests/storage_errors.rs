@@ -133,7 +133,7 @@ fn a_target_that_cannot_make_its_images() {
     let (cluster, console) = with_mounted_target();
     let filler = seen_by_b(&cluster, &cluster.host("b").datastore("fast").join("filler"));
     images_that_cannot_be_made(&cluster, &console, &["No space left on device", "make room there"], || {
-        fill(&filler)
+        fill(&filler);
     });
     fs::remove_file(&filler).unwrap();
     let image = seen_by_b(&cluster, &cluster.image("b", "fast"));

@@ -2,6 +2,7 @@
 //!
 //! Lives here: columns and drawing. Never enters: asking agents, when to draw.
 
+use std::fmt::Write as _;
 use std::io;
 use std::time::Duration;
 
@@ -139,7 +140,8 @@ pub fn table(list: &MoveList) -> String {
     }
     let mut text = if list.moves.is_empty() { "no moves\n".to_owned() } else { table.render() };
     for host in &list.unreachable {
-        text.push_str(&format!("host {host} was not reached: moves that it leads are missing\n"));
+        // Writing to a String cannot fail.
+        let _ = writeln!(text, "host {host} was not reached: moves that it leads are missing");
     }
     text
 }

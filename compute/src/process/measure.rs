@@ -30,7 +30,7 @@ use crate::{
 /// The shortest span over which pages are counted.
 const WINDOW: Duration = Duration::from_millis(50);
 /// The longest watch that is asked for.
-pub const LONGEST: Duration = Duration::from_secs(60);
+pub const LONGEST: Duration = Duration::from_mins(1);
 /// Pages looked at to tell how many of those touched are zero.
 const SAMPLES: u64 = 1024;
 /// Records synced to see how long one takes.
