@@ -231,6 +231,27 @@ async fn a_take_over_is_remembered_when_the_vm_has_gone_on() {
     right.end().await;
 }
 
+/// A datastore-only move was aborted, and whoever did that died before it removed the images that were to be.
+#[tokio::test]
+async fn what_an_aborted_move_made_is_removed_however_the_abort_was_cut_short() {
+    let local = Record::Moving { move_id: id(), to_host: None, generation: 2 };
+    let (mut left, right) = aftermath(Some(&[local, aborted()]), None).await;
+    let (old, made) = (left.image("fast", "web"), left.image("bulk", "web"));
+    std::fs::create_dir_all(made.parent().unwrap()).unwrap();
+    std::fs::copy(&old, &made).unwrap();
+    stamp(2, OwnerState::Incoming).unwrap().write(&made).unwrap();
+    let to_left = left.serve().await;
+    // Settled or not yet: a start settles first.
+    assert_eq!(code(&to_left.start("web").await.unwrap_err()), "vm_process");
+    assert!(
+        !made.exists(),
+        "nobody else would ever remove it, and the next move there would be refused for it"
+    );
+    assert!(old.exists());
+    left.end().await;
+    drop(right);
+}
+
 #[tokio::test]
 async fn nothing_is_taken_over_while_a_third_host_cannot_be_asked() {
     let (mut left, right) = aftermath(Some(&[moving()]), Some(true)).await;

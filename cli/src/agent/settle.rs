@@ -120,7 +120,7 @@ impl Agent {
         tracing::info!(vm = name, ?settlement, "VM without a process");
         match settlement {
             Settlement::Startable => {
-                self.retire_left_behind(name).await?;
+                self.clear_left_behind(name).await?;
                 let look = vm.clone();
                 if blocking(move || never_ran(&look, &standing)).await? {
                     self.boot(name).await?;
@@ -128,7 +128,7 @@ impl Agent {
                 Ok(Settled::Done)
             }
             Settlement::Abort => {
-                self.abort_source(name, &vm, &standing).await?;
+                self.abort_source(&vm, &standing).await?;
                 Ok(Settled::Again)
             }
             Settlement::Clear | Settlement::Lose => {
@@ -167,37 +167,36 @@ impl Agent {
         }
     }
 
-    /// Ends what a VM of this host left in another datastore by a move whose process died before it could. Also for a start that is
-    /// quicker than settling: once the VM runs, nobody else would.
-    pub(super) async fn retire_left_behind(self: &Arc<Self>, name: &str) -> Result<(), ApiError> {
+    /// Ends what moves of a VM of this host left in its datastores, when their process, or the agent that settled them, died before it
+    /// could: images that were to be the VM's, and those it had before. Once the VM runs, nobody else would.
+    async fn clear_left_behind(self: &Arc<Self>, name: &str) -> Result<(), ApiError> {
         let (agent, vm, name) = (self.clone(), self.registry.vm(name)?, name.to_owned());
         blocking(move || {
-            retire_left(&name, &vm, vm.durable_journal()?.standing())?;
-            images::remove_empty_dirs(&agent.stores, &name);
+            let journal = vm.durable_journal()?;
+            if let Standing::Owner { disks, .. } = journal.standing() {
+                retire_left(&name, &vm, journal.standing())?;
+                agent.remove_unfinished(&name, &placements(disks))?;
+                images::remove_empty_dirs(&agent.stores, &name);
+            }
             Ok(())
         })
         .await
     }
 
     /// A source whose process died before the commit: the move is off, the VM can be started again.
-    async fn abort_source(
-        self: &Arc<Self>,
-        name: &str,
-        vm: &VmDir,
-        standing: &Standing,
-    ) -> Result<(), ApiError> {
-        let Standing::Moving { move_id, to_host, disks, .. } = standing else { return Ok(()) };
-        append(vm, Record::Aborted { move_id: move_id.clone() }).await?;
-        let (agent, owner, keep) = (self.clone(), name.to_owned(), placements(disks));
-        let (look, id) = (vm.clone(), move_id.to_string());
+    async fn abort_source(self: &Arc<Self>, vm: &VmDir, standing: &Standing) -> Result<(), ApiError> {
+        let Standing::Moving { move_id, to_host, .. } = standing else { return Ok(()) };
+        let (agent, look, id) = (self.clone(), vm.clone(), move_id.to_string());
         blocking(move || {
-            // Nobody else tells how the move ended, nor answers for it once the VM is removed.
+            // Nobody else tells how the move ended, nor answers for it once the VM is removed. Before the record: after it, this would
+            // not be tried again.
             if look.saved_move(&id).is_none() {
                 agent.keep_progress(&given_up(&id))?;
             }
-            agent.remove_unfinished(&owner, &keep)
+            Ok(())
         })
         .await?;
+        append(vm, Record::Aborted { move_id: move_id.clone() }).await?;
         if let Some(host) = to_host {
             self.discard_at(host, move_id.as_str()).await;
         }
@@ -205,7 +204,7 @@ impl Agent {
     }
 
     /// Removes images of a VM that a broken-off move left unfinished in this host's datastores.
-    pub(super) fn remove_unfinished(&self, name: &str, keep: &[DiskPlacement]) -> Result<(), ApiError> {
+    fn remove_unfinished(&self, name: &str, keep: &[DiskPlacement]) -> Result<(), ApiError> {
         for store in &self.stores {
             for (_, _, path) in store.list_images(name)? {
                 let unfinished = Stamp::read(&path)?
@@ -215,7 +214,6 @@ impl Agent {
                 }
             }
         }
-        images::remove_empty_dirs(&self.stores, name);
         Ok(())
     }
 

@@ -104,7 +104,7 @@ impl World {
         }
         match settlement {
             Settlement::Startable => {
-                self.retire_left(host, standing);
+                self.clear_left_behind(host, standing);
                 if self.never_ran(host, standing) {
                     self.agent_boots(host);
                 }
@@ -128,24 +128,20 @@ impl World {
             // It is being asked whether the VM was taken over.
             return;
         }
-        self.retire_left(host, journal.standing());
+        self.clear_left_behind(host, journal.standing());
         self.agent_boots(host);
     }
 
     /// A source whose process died before the commit: the move is off, the VM can be started again.
     fn abort_source(&mut self, host: HostId, standing: &Standing) -> bool {
-        let Standing::Moving { move_id, to_host, disks, .. } = standing else { return true };
-        if !self.agent_appends(host, &Record::Aborted { move_id: move_id.clone() }) {
-            return false;
-        }
+        let Standing::Moving { move_id, to_host, .. } = standing else { return true };
         if let Some(dir) = &mut self.hosts[host].dir {
             // Nobody else tells how the move ended.
             dir.reports.entry(move_id.clone()).or_insert(false);
         }
-        // What a broken-off move left unfinished in this host's datastores.
-        self.hosts[host].images.retain(|path, image| {
-            !matches!(image.stamp, Some((_, OwnerState::Incoming))) || disks.iter().any(|at| at.path == *path)
-        });
+        if !self.agent_appends(host, &Record::Aborted { move_id: move_id.clone() }) {
+            return false;
+        }
         if let Some(to) = to_host.as_deref().and_then(number) {
             self.discard_at(host, to, move_id.clone());
         }
@@ -236,8 +232,9 @@ impl World {
         }
     }
 
-    /// Images that a VM of this host left behind in another datastore, when its process died between that commit and their end.
-    fn retire_left(&mut self, host: HostId, standing: &Standing) {
+    /// Ends what moves of a VM of this host left in its datastores, when their process, or the agent that settled them, died before it
+    /// could: images that were to be the VM's, and those it had before.
+    fn clear_left_behind(&mut self, host: HostId, standing: &Standing) {
         let Standing::Owner { generation: current, disks } = standing else { return };
         for record in self.records(host) {
             let Record::Owner { generation, disks: mut left } = record else { continue };
@@ -246,6 +243,9 @@ impl World {
                 self.retire_disks(host, generation, &left);
             }
         }
+        self.hosts[host].images.retain(|path, image| {
+            !matches!(image.stamp, Some((_, OwnerState::Incoming))) || disks.iter().any(|at| at.path == *path)
+        });
     }
 
     fn retire_disks(&mut self, host: HostId, generation: u64, disks: &[DiskAt]) {

@@ -20,6 +20,7 @@ use super::{
     },
     Process,
     machine::apply,
+    source::Blocked,
     sum_of,
 };
 
@@ -224,10 +225,12 @@ impl World {
                 target.blocked = None;
                 self.post_target(pid, target::Event::Failed(why));
             }
-            _ => {
+            Some(Process { source: Some(mv), .. }) if mv.blocked == Some(Blocked::LocalProving) => {
+                self.source_goes_on(pid);
                 self.post_source(pid, source::Event::Failed(why));
-                self.source_unblocked(pid);
             }
+            // Another image has failed before.
+            _ => {}
         }
     }
 
