@@ -16,7 +16,8 @@
 //! | [`pages`], [`digest`] | sets of pages; proofs that both sides hold the same |
 //!
 //! **Invariants.** No sockets, clocks, threads, files, KVM or unsafe code enter this crate. Every byte from outside is capped and
-//! checked before it is believed. "Resume the source" is an action of [`source`] only: [`committed`] has no such action.
+//! checked before it is believed. Each side changes its phase by a row of its table only ([`source::transitions`],
+//! [`target::transitions`]). "Resume the source" is an action of [`source`] only: [`committed`] has no such action.
 
 #![forbid(unsafe_code)]
 
@@ -31,6 +32,7 @@ pub mod predict;
 pub mod recovery;
 pub mod source;
 pub mod target;
+mod transition;
 pub mod wire;
 
 #[cfg(test)]

@@ -171,9 +171,125 @@ pub fn settle(standing: &Standing, answer: PeerAnswer) -> Settlement {
     }
 }
 
+/// What stands here, as far as the table tells it apart.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Here {
+    /// Nothing is known.
+    Nothing,
+    /// The VM is this host's.
+    Owner,
+    /// The same, and the target of an aborted move may still hold what came of it.
+    OwnerInDoubt,
+    /// It is on the move.
+    Moving,
+    /// It arrives.
+    Arriving,
+    /// It has arrived; the source decides.
+    Prepared,
+    /// It has left.
+    Committed,
+    /// It did not come.
+    Discarded,
+    /// It has left and runs elsewhere.
+    Released,
+    /// It was taken over.
+    Lost,
+}
+
+/// What was heard, as far as the table tells it apart.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Heard {
+    /// Nothing was asked.
+    NotAsked,
+    /// No answer.
+    Silence,
+    /// The move is committed.
+    Committed,
+    /// It is aborted.
+    Aborted,
+    /// It is not decided.
+    Moving,
+    /// It is unknown.
+    Unknown,
+    /// Nothing is held there.
+    Nothing,
+    /// An arrival.
+    Arriving,
+    /// What is prepared.
+    Prepared,
+    /// The VM, at an older generation than one that has come from here has.
+    OwnerBehind,
+    /// The VM, as it has come from here or was taken over.
+    Owner,
+}
+
+/// A row of the failure table that can come up: what stands, and an answer to what is asked then.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Row {
+    /// What stands here.
+    pub here: Here,
+    /// What was heard.
+    pub heard: Heard,
+}
+
+impl Row {
+    /// The row that an agent with this journal uses on this answer.
+    pub fn of(journal: &Journal, answer: PeerAnswer) -> Self {
+        let (here, asked) = match journal.standing() {
+            Standing::Nothing => (Here::Nothing, 0),
+            Standing::Owner { generation, .. } if journal.open_ends().is_empty() => {
+                (Here::Owner, generation.saturating_add(1))
+            }
+            Standing::Owner { generation, .. } => (Here::OwnerInDoubt, generation.saturating_add(1)),
+            Standing::Moving { .. } => (Here::Moving, 0),
+            Standing::Incoming { prepared: false, .. } => (Here::Arriving, 0),
+            Standing::Incoming { prepared: true, .. } => (Here::Prepared, 0),
+            Standing::Committed { generation, .. } => (Here::Committed, *generation),
+            Standing::Discarded { .. } => (Here::Discarded, 0),
+            Standing::Released { .. } => (Here::Released, 0),
+            Standing::Lost { .. } => (Here::Lost, 0),
+        };
+        let heard = match answer {
+            PeerAnswer::NotAsked => Heard::NotAsked,
+            PeerAnswer::Unreachable => Heard::Silence,
+            PeerAnswer::Said(Verdict::Committed) => Heard::Committed,
+            PeerAnswer::Said(Verdict::Aborted) => Heard::Aborted,
+            PeerAnswer::Said(Verdict::Moving) => Heard::Moving,
+            PeerAnswer::Said(Verdict::Unknown) => Heard::Unknown,
+            PeerAnswer::Holds(Holding::Nothing) => Heard::Nothing,
+            PeerAnswer::Holds(Holding::Arriving) => Heard::Arriving,
+            PeerAnswer::Holds(Holding::Prepared) => Heard::Prepared,
+            PeerAnswer::Holds(Holding::Owner { generation }) if generation < asked => Heard::OwnerBehind,
+            PeerAnswer::Holds(Holding::Owner { .. }) => Heard::Owner,
+        };
+        Self { here, heard }
+    }
+}
+
+/// All rows that can come up.
+pub fn rows() -> impl Iterator<Item = Row> {
+    use Heard as H;
+    const HOLDINGS: &[Heard] = &[H::Silence, H::Nothing, H::Arriving, H::Prepared, H::OwnerBehind, H::Owner];
+    const VERDICTS: &[Heard] = &[H::Silence, H::Committed, H::Aborted, H::Moving, H::Unknown];
+    const NONE: &[Heard] = &[H::NotAsked];
+    let all: [(Here, &[Heard]); 10] = [
+        (Here::Nothing, NONE),
+        (Here::Owner, NONE),
+        (Here::OwnerInDoubt, HOLDINGS),
+        (Here::Moving, NONE),
+        (Here::Arriving, NONE),
+        (Here::Prepared, VERDICTS),
+        (Here::Committed, HOLDINGS),
+        (Here::Discarded, NONE),
+        (Here::Released, NONE),
+        (Here::Lost, NONE),
+    ];
+    all.into_iter().flat_map(|(here, heard)| heard.iter().map(move |heard| Row { here, heard: *heard }))
+}
+
 #[cfg(test)]
 mod tests {
-    use std::fmt::Write as _;
+    use std::{collections::BTreeSet, fmt::Write as _};
 
     use super::*;
     use crate::journal::{Record, TAKE_OVER_STEP};
@@ -281,6 +397,44 @@ mod tests {
         }
     }
 
+    /// Whether an answer is one to what this journal has asked.
+    fn is_asked(journal: &Journal, answer: PeerAnswer) -> bool {
+        matches!(
+            (question(journal), answer),
+            (None, PeerAnswer::NotAsked)
+                | (Some(_), PeerAnswer::Unreachable)
+                | (Some(Question::Verdict { .. }), PeerAnswer::Said(_))
+                | (Some(Question::Holding { .. }), PeerAnswer::Holds(_))
+        )
+    }
+
+    #[test]
+    fn the_rows_are_those_that_can_come_up() {
+        let mut used = BTreeSet::new();
+        for (_, journal) in journals() {
+            for (_, answer) in answers() {
+                if is_asked(&journal, answer) {
+                    used.insert(Row::of(&journal, answer));
+                }
+            }
+        }
+        assert_eq!(rows().collect::<BTreeSet<_>>(), used);
+    }
+
+    #[test]
+    fn a_row_has_one_settlement() {
+        let mut settled = std::collections::BTreeMap::new();
+        for (name, journal) in journals() {
+            for (said, answer) in answers() {
+                let row = Row::of(&journal, answer);
+                let settlement = settle(journal.standing(), answer);
+                if is_asked(&journal, answer) {
+                    assert_eq!(*settled.entry(row).or_insert(settlement), settlement, "{name}, {said}");
+                }
+            }
+        }
+    }
+
     /// The words of a host with this journal, to whom the other one asks.
     fn says(journal: &Journal, question: Question<'_>) -> PeerAnswer {
         match question {
@@ -299,13 +453,7 @@ mod tests {
         for (name, journal) in journals() {
             let _ = write!(text, "\n| {name} |");
             for (_, answer) in answers() {
-                let asks = matches!(
-                    (question(&journal), answer),
-                    (None, PeerAnswer::NotAsked)
-                        | (Some(_), PeerAnswer::Unreachable)
-                        | (Some(Question::Verdict { .. }), PeerAnswer::Said(_))
-                        | (Some(Question::Holding { .. }), PeerAnswer::Holds(_))
-                );
+                let asks = is_asked(&journal, answer);
                 let settlement = word(settle(journal.standing(), answer));
                 // What cannot be answered to what is asked is shown all the same: the function is total.
                 let _ =

@@ -15,15 +15,22 @@
 //! connection ends the move: the guest must not wait.
 //! Lives here: phases, rounds, what must be true before the next step. Never enters: bytes, threads, sockets, time of day.
 
+mod phase;
+mod reconnect;
+mod rounds;
+
 use crate::{
     Micros, PAGE_BYTES,
     block::State as DiskState,
     committed::{Committed, CommittedAction},
     journal::{DiskAt, MoveId, Record},
     pages::{PageRange, PageSet},
-    precopy::{Decision, Precopy},
+    precopy::Precopy,
+    transition,
     wire::control::{Arrived, DiskSetup, Proof, SourceMsg, TargetMsg},
 };
+
+pub use phase::{Phase, Transition, Why, transitions};
 
 /// Pages handed to the page streams at once (8 MiB).
 pub const BATCH_PAGES: u64 = 2048;
@@ -55,53 +62,6 @@ pub struct SourcePlan {
     pub max_downtime: Micros,
     /// Compare the whole contents in the pause.
     pub audit: bool,
-}
-
-/// Where the engine stands.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Phase {
-    /// Connecting; the target makes room.
-    Setup,
-    /// Disks are copied and mirrored.
-    Mirror,
-    /// Memory rounds, the guest running.
-    PreCopy,
-    /// The connections are lost and are being made anew.
-    Reconnecting,
-    /// They are there again; the target says what has arrived, and the streams go on from there.
-    Resuming,
-    /// Stopping the vCPUs.
-    Pausing,
-    /// Queues and mirrors run empty.
-    Draining,
-    /// The state is saved.
-    Saving,
-    /// The last pages are sent.
-    FinalPages,
-    /// Digests are made.
-    Proving,
-    /// The target checks and prepares.
-    Preparing,
-    /// The commit record is being written: no way back but its failure.
-    Committing,
-    /// Giving up: the abort record is being written.
-    Aborting,
-    /// Over; the VM runs here.
-    Aborted,
-}
-
-impl Phase {
-    /// The phase as reports name it.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Setup => "setup",
-            Self::Mirror => "mirror",
-            Self::PreCopy => "pre-copy",
-            Self::Reconnecting | Self::Resuming => "reconnecting",
-            Self::Aborting | Self::Aborted => "aborted",
-            _ => "switchover",
-        }
-    }
 }
 
 /// What happened.
@@ -261,7 +221,7 @@ enum Course {
 #[derive(Debug)]
 pub struct Source {
     plan: SourcePlan,
-    phase: Phase,
+    phase: transition::Phased<Phase, Why>,
     precopy: Precopy,
     to_send: PageSet,
     damaged: PageSet,
@@ -302,7 +262,7 @@ impl Source {
             generation: plan.generation,
         };
         let source = Self {
-            phase: Phase::Setup,
+            phase: transition::Phased::new(Phase::Setup),
             precopy: Precopy::new(plan.max_downtime, FIXED_COST),
             to_send: PageSet::empty(pages),
             damaged: PageSet::empty(pages),
@@ -336,7 +296,17 @@ impl Source {
 
     /// Where it stands.
     pub fn phase(&self) -> Phase {
-        self.phase
+        self.phase.now()
+    }
+
+    /// How the phase has changed in the last step.
+    pub fn went(&self) -> &[Transition] {
+        self.phase.went()
+    }
+
+    /// The one place where the phase changes.
+    fn go(&mut self, why: Why, to: Phase) {
+        self.phase.go(why, to, transitions());
     }
 
     /// The plan it follows.
@@ -362,15 +332,21 @@ impl Source {
     /// Takes an event; gives what is to be done.
     pub fn step(&mut self, now: Micros, event: Event) -> Vec<Action> {
         let mut out = Vec::new();
-        if self.phase == Phase::Aborted {
+        self.phase.begin_step();
+        if self.phase() == Phase::Aborted {
             return out;
         }
-        match (self.phase, event) {
-            (Phase::Aborting, Event::Journaled | Event::JournalFailed(_)) => self.aborted(&mut out),
+        match (self.phase(), event) {
+            (Phase::Aborting, Event::Journaled) => self.aborted(Why::Journaled, &mut out),
+            (Phase::Aborting, Event::JournalFailed(_)) => self.aborted(Why::NotJournaled, &mut out),
             (Phase::Aborting, _) => {}
             // The record may be on its way to the disk: only its own outcome counts now.
             (Phase::Committing, Event::JournalFailed(why)) => {
-                self.abort(format!("the commit record could not be written: {why}"), false, &mut out);
+                self.abort(
+                    Why::NotJournaled,
+                    format!("the commit record could not be written: {why}"),
+                    &mut out,
+                );
             }
             (Phase::Committing, _) => {}
             (Phase::Reconnecting, Event::LinkLost(_)) => {}
@@ -381,15 +357,15 @@ impl Source {
             }
             (_, Event::LinkLost(why)) => {
                 self.connected = false;
-                self.abort(format!("the connection to the target was lost: {why}"), false, &mut out);
+                self.abort(Why::LinkLost, format!("the connection to the target was lost: {why}"), &mut out);
             }
-            (_, Event::Failed(why)) => self.abort(why, false, &mut out),
-            (_, Event::JournalFailed(why)) => {
-                self.abort(format!("the journal cannot be written: {why}"), false, &mut out);
+            (_, Event::Failed(why)) => self.abort(Why::Failed, why, &mut out),
+            (Phase::Setup, Event::JournalFailed(why)) => {
+                self.abort(Why::NotJournaled, format!("the journal cannot be written: {why}"), &mut out);
             }
-            (_, Event::Cancel) => self.abort("cancelled".into(), true, &mut out),
+            (_, Event::Cancel) => self.abort(Why::Cancelled, "cancelled".into(), &mut out),
             (_, Event::Target(TargetMsg::Refused { reason })) => {
-                self.abort(format!("the target refused: {reason}"), false, &mut out);
+                self.abort(Why::Refused, format!("the target refused: {reason}"), &mut out);
             }
             (_, Event::Disk { index, state }) => self.disk(index, state, now, &mut out),
             (Phase::Setup, Event::Journaled) => out.push(Action::Connect),
@@ -402,7 +378,7 @@ impl Source {
                 let reason = format!(
                     "the connection to the target was lost ({first}) and could not be made again: {why}"
                 );
-                self.abort(reason, false, &mut out);
+                self.abort(Why::GaveUp, reason, &mut out);
             }
             (Phase::Reconnecting, Event::Connected) => self.connected_again(&mut out),
             // Late words: the new connections have not been listened to yet.
@@ -431,7 +407,7 @@ impl Source {
                 self.count_batch(bytes, zero_pages);
             }
             (Phase::Setup, Event::Target(TargetMsg::Ready)) => {
-                self.phase = Phase::Mirror;
+                self.go(Why::Ready, Phase::Mirror);
                 if self.plan.disks.is_empty() {
                     self.synced(now, &mut out);
                 } else {
@@ -455,7 +431,7 @@ impl Source {
             }
             (Phase::PreCopy, Event::Dirty(dirty)) => self.dirty(now, dirty, &mut out),
             (Phase::Pausing, Event::Paused) => {
-                self.phase = Phase::Draining;
+                self.go(Why::Paused, Phase::Draining);
                 out.push(Action::DrainDisks);
             }
             (Phase::Draining, Event::QueuesEmpty) => {
@@ -465,7 +441,7 @@ impl Source {
             (Phase::Saving, Event::StateSaved(state)) => {
                 self.marks.saved = now;
                 self.state = state;
-                self.phase = Phase::FinalPages;
+                self.go(Why::Saved, Phase::FinalPages);
                 out.push(Action::CollectDirty);
             }
             (Phase::FinalPages, Event::Dirty(dirty)) => {
@@ -473,7 +449,7 @@ impl Source {
                 self.begin_round(now, &mut out);
             }
             (Phase::Proving, Event::Proved(proof)) => {
-                self.phase = Phase::Preparing;
+                self.go(Why::Proved, Phase::Preparing);
                 self.proof = Some(proof);
                 out.push(Action::Tell(SourceMsg::Prepare(proof)));
             }
@@ -481,12 +457,14 @@ impl Source {
                 self.prepared(now, proof, allocated, load_us, &mut out);
             }
             (_, Event::Target(message)) => {
-                self.abort(format!("the target sent {} out of turn", name_of(&message)), false, &mut out);
+                let reason = format!("the target sent {} out of turn", name_of(&message));
+                self.abort(Why::Nonsense, reason, &mut out);
             }
             // Late answers of work that a later phase no longer needs.
             (
                 _,
                 Event::Journaled
+                | Event::JournalFailed(_)
                 | Event::Connected
                 | Event::GaveUp(_)
                 | Event::Restored { .. }
@@ -504,7 +482,7 @@ impl Source {
 
     /// The commit record is on disk. From here on there is no action that resumes the source.
     pub fn committed(mut self, now: Micros) -> (Committed, Vec<CommittedAction>) {
-        assert_eq!(self.phase, Phase::Committing, "only a committing source can have committed");
+        assert_eq!(self.phase(), Phase::Committing, "only a committing source can have committed");
         self.marks.committed = now;
         Committed::begin(
             self.plan,
@@ -525,91 +503,17 @@ impl Source {
         }));
     }
 
-    fn link_lost(&mut self, now: Micros, why: String, out: &mut Vec<Action>) {
-        self.connected = false;
-        if self.reconnects >= MAX_RECONNECTS {
-            let reason = format!(
-                "the connection to the target was lost once more after {} times: {why}",
-                self.reconnects
-            );
-            return self.abort(reason, false, out);
-        }
-        if self.phase != Phase::Resuming {
-            self.lost = (self.phase, now, why);
-        }
-        self.phase = Phase::Reconnecting;
-        self.restoring = false;
-        self.batches = 0;
-        self.batch_pages.clear();
-        if self.course == Course::Ending {
-            // The acknowledgement may be lost as well: the round's end is sent, and answered, again.
-            self.course = Course::Sending;
-        }
-        out.push(Action::Reconnect);
-    }
-
-    fn connected_again(&mut self, out: &mut Vec<Action>) {
-        self.connected = true;
-        self.reconnects += 1;
-        if self.lost.0 == Phase::Setup {
-            // The target has not said, or not been heard to say, that it is ready: nothing was sent yet.
-            self.phase = Phase::Setup;
-            out.push(Action::Restore(Arrived::default()));
-            self.tell_setup(out);
-        } else {
-            self.phase = Phase::Resuming;
-            out.push(Action::Tell(SourceMsg::Resume));
-        }
-    }
-
-    fn take_back(&mut self, lost: &PageSet, bytes: u64) {
-        self.stats.sent_bytes += bytes;
-        self.round_bytes += bytes;
-        if self.plan.ram_pages.is_some() {
-            self.to_send.merge(lost);
-        }
-    }
-
-    /// Goes on in the phase in which the connections were lost.
-    fn go_on(&mut self, now: Micros, out: &mut Vec<Action>) {
-        let (phase, since, _) = self.lost;
-        self.phase = phase;
-        if phase == Phase::Mirror {
-            // Mirrors that had nothing to do may have said so already.
-            if self.in_sync() {
-                self.synced(now, out);
-            }
-            return;
-        }
-        match self.course {
-            Course::Sending => {
-                // The time without a connection says nothing about the speed of the stream.
-                self.round_began += now.saturating_sub(since);
-                self.stats.round_done = self.stats.round_pages.saturating_sub(self.to_send.len());
-                self.send(out);
-            }
-            Course::Held if self.in_sync() => self.begin_round(now, out),
-            Course::Held | Course::Logging | Course::Ending | Course::Collecting => {}
-        }
-    }
-
-    fn count_batch(&mut self, bytes: u64, zero_pages: u64) {
-        self.stats.sent_bytes += bytes;
-        self.stats.zero_pages += zero_pages;
-        self.round_bytes += bytes;
-    }
-
     fn disk(&mut self, index: usize, state: DiskState, now: Micros, out: &mut Vec<Action>) {
         let Some(slot) = self.disks.get_mut(index) else { return };
         *slot = state;
         if state == DiskState::Failed {
             let name = self.plan.disks[index].name.clone();
-            self.abort(format!("disk {name} cannot be copied to the target"), false, out);
-        } else if self.phase == Phase::Mirror && self.in_sync() {
+            self.abort(Why::Failed, format!("disk {name} cannot be copied to the target"), out);
+        } else if self.phase() == Phase::Mirror && self.in_sync() {
             self.synced(now, out);
-        } else if self.phase == Phase::PreCopy && self.course == Course::Held && self.in_sync() {
+        } else if self.phase() == Phase::PreCopy && self.course == Course::Held && self.in_sync() {
             self.begin_round(now, out);
-        } else if self.phase == Phase::Draining {
+        } else if self.phase() == Phase::Draining {
             self.drained(now, out);
         }
     }
@@ -621,103 +525,20 @@ impl Source {
     /// All disks are in sync: memory next, or, without any to move, the switchover.
     fn synced(&mut self, now: Micros, out: &mut Vec<Action>) {
         if self.plan.ram_pages.is_some() {
-            self.phase = Phase::PreCopy;
+            self.go(Why::Synced, Phase::PreCopy);
             self.logging = true;
             self.course = Course::Logging;
             out.push(Action::StartLogging);
         } else {
-            self.pause(now, out);
+            self.pause(now, Why::Synced, out);
         }
     }
 
-    fn pause(&mut self, now: Micros, out: &mut Vec<Action>) {
-        self.phase = Phase::Pausing;
+    fn pause(&mut self, now: Micros, why: Why, out: &mut Vec<Action>) {
+        self.go(why, Phase::Pausing);
         self.paused = true;
         self.marks.pause = now;
         out.push(Action::Pause);
-    }
-
-    fn begin_round(&mut self, now: Micros, out: &mut Vec<Action>) {
-        self.precopy.begin_round();
-        self.course = Course::Sending;
-        self.round_began = now;
-        self.round_bytes = 0;
-        self.stats.round_pages = self.to_send.len();
-        self.stats.round_done = 0;
-        self.send(out);
-    }
-
-    fn send(&mut self, out: &mut Vec<Action>) {
-        while self.batches < BATCHES && !self.to_send.is_empty() {
-            let (ranges, next) = self.to_send.take(self.cursor, BATCH_PAGES);
-            self.cursor = next;
-            self.batches += 1;
-            self.batch_pages.push_back(ranges.iter().map(|r| r.count).sum());
-            out.push(Action::SendPages(ranges));
-        }
-        if self.batches == 0 && self.to_send.is_empty() {
-            self.course = Course::Ending;
-            out.push(Action::EndRound(self.precopy.round()));
-        }
-    }
-
-    fn round_acked(&mut self, now: Micros, round: u32, damaged: &[PageRange], out: &mut Vec<Action>) {
-        // A second answer to one round would collect, and so forget, what turned dirty meanwhile.
-        if round != self.precopy.round() || self.course != Course::Ending {
-            return self.abort(format!("the target acknowledged round {round} out of turn"), false, out);
-        }
-        if round == 1 {
-            self.stats.first_round = (self.round_bytes, now.saturating_sub(self.round_began));
-        }
-        let pages = self.to_send.pages();
-        let inside = |r: &PageRange| r.first.checked_add(r.count).is_some_and(|end| end <= pages);
-        let total = damaged.iter().fold(0u64, |sum, range| sum.saturating_add(range.count));
-        if total > pages || !damaged.iter().all(inside) {
-            return self.abort("the target names damaged pages that do not exist".into(), false, out);
-        }
-        for range in damaged {
-            self.damaged.insert(*range);
-        }
-        self.course = Course::Collecting;
-        if self.phase == Phase::PreCopy {
-            out.push(Action::CollectDirty);
-        } else if self.damaged.is_empty() {
-            self.marks.pages = now;
-            self.phase = Phase::Proving;
-            out.push(Action::Tell(SourceMsg::State(std::mem::take(&mut self.state))));
-            out.push(Action::Prove);
-        } else if self.repairs < MAX_REPAIRS {
-            // The guest stands still, so this is damage on the way, not a page that changed.
-            self.repairs += 1;
-            self.to_send = std::mem::replace(&mut self.damaged, PageSet::empty(self.to_send.pages()));
-            self.begin_round(now, out);
-        } else {
-            let first = damaged.first().map_or(0, |r| r.first);
-            self.abort(format!("page {first} of RAM arrives damaged again and again"), false, out);
-        }
-    }
-
-    fn dirty(&mut self, now: Micros, mut dirty: PageSet, out: &mut Vec<Action>) {
-        dirty.merge(&self.damaged);
-        self.damaged = PageSet::empty(dirty.pages());
-        let elapsed = now.saturating_sub(self.round_began);
-        let decision = self.precopy.after_round(self.round_bytes, elapsed, dirty.len());
-        self.to_send.merge(&dirty);
-        match decision {
-            Decision::Again | Decision::Switch if !self.in_sync() => self.course = Course::Held,
-            Decision::Switch => self.pause(now, out),
-            Decision::Again => self.begin_round(now, out),
-            Decision::Stalled { dirty_rate, link_rate, needed_ms } => self.abort(
-                format!(
-                    "memory does not converge: it turns dirty at {} MiB/s, the link takes {} MiB/s, and a switch would need \
-                     {needed_ms} ms of downtime; raise --max-downtime or --bandwidth, or quieten the guest",
-                    dirty_rate >> 20,
-                    link_rate >> 20,
-                ),
-                false,
-                out,
-            ),
-        }
     }
 
     /// Goes on once nothing of the guest is in flight and every mirror has ended.
@@ -727,12 +548,12 @@ impl Source {
         }
         self.marks.drained = now;
         if self.plan.ram_pages.is_some() {
-            self.phase = Phase::Saving;
+            self.go(Why::Drained, Phase::Saving);
             out.push(Action::SaveState);
         } else {
             self.marks.saved = now;
             self.marks.pages = now;
-            self.phase = Phase::Proving;
+            self.go(Why::Drained, Phase::Proving);
             out.push(Action::Prove);
         }
     }
@@ -746,16 +567,13 @@ impl Source {
         out: &mut Vec<Action>,
     ) {
         if Some(proof) != self.proof {
-            return self.abort(
-                "the target's digest or counters differ from the source's".to_string(),
-                false,
-                out,
-            );
+            let reason = "the target's digest or counters differ from the source's".to_string();
+            return self.abort(Why::Differs, reason, out);
         }
         self.marks.prepared = now;
         self.allocated = allocated;
         self.load_us = load_us;
-        self.phase = Phase::Committing;
+        self.go(Why::Prepared, Phase::Committing);
         out.push(Action::Journal(if self.plan.to_host.is_some() {
             Record::Committed { move_id: self.plan.move_id.clone() }
         } else {
@@ -763,18 +581,18 @@ impl Source {
         }));
     }
 
-    fn abort(&mut self, reason: String, cancelled: bool, out: &mut Vec<Action>) {
+    fn abort(&mut self, why: Why, reason: String, out: &mut Vec<Action>) {
         if self.connected {
             out.push(Action::Tell(SourceMsg::Abort { reason: reason.clone() }));
         }
-        self.end = Some((reason, cancelled));
-        self.phase = Phase::Aborting;
+        self.end = Some((reason, why == Why::Cancelled));
+        self.go(why, Phase::Aborting);
         // Refused where `Moving` is not on disk; that ends it as well.
         out.push(Action::Journal(Record::Aborted { move_id: self.plan.move_id.clone() }));
     }
 
-    fn aborted(&mut self, out: &mut Vec<Action>) {
-        self.phase = Phase::Aborted;
+    fn aborted(&mut self, why: Why, out: &mut Vec<Action>) {
+        self.go(why, Phase::Aborted);
         if self.mirroring {
             out.push(Action::DropMirrors);
         }

@@ -1,14 +1,11 @@
-//! Both engines stepped against each other in virtual time, with cuts, a failed journal or a cancel at any event. RAM is real here: a
-//! number a page, carried by frames that may be lost.
+//! Two engines stepped against each other in virtual time. RAM is real here: a number a page, carried by frames that may be lost.
 
 use std::collections::VecDeque;
-
-use proptest::prelude::*;
 
 use crate::{
     block::State as DiskState,
     committed::{Committed, CommittedAction, CommittedEvent},
-    journal::{Journal, MoveId, Record, Standing, Verdict},
+    journal::{Journal, MoveId, Record, Verdict},
     ledger::{PageCounts, PagesLedger},
     pages::{PageRange, PageSet},
     source::{self, Source, SourcePlan},
@@ -19,12 +16,12 @@ use crate::{
     },
 };
 
-const PAGES: u64 = 10_000;
-const RESIDENT: u64 = 5000;
+pub const PAGES: u64 = 10_000;
+pub const RESIDENT: u64 = 5000;
 /// Pages a frame carries here.
 const FRAME_PAGES: u64 = 500;
 /// Pages that may be under way when a connection is lost: two batches.
-const WINDOW: u64 = 2 * source::BATCH_PAGES;
+pub const WINDOW: u64 = 2 * source::BATCH_PAGES;
 
 #[derive(Debug)]
 enum Next {
@@ -50,14 +47,14 @@ enum Wire {
     FramesAcked(u64),
 }
 
-enum SourceSide {
+pub enum SourceSide {
     Moving(Box<Source>),
     Committed(Box<Committed>),
 }
 
 /// What goes wrong, at which event.
 #[derive(Debug, Clone, Copy, PartialEq)]
-enum Fault {
+pub enum Fault {
     None,
     /// The connections are lost, and can be made again.
     Cuts([usize; 3]),
@@ -72,42 +69,42 @@ enum Fault {
     Damage,
 }
 
-struct World {
-    source: SourceSide,
-    target: Target,
-    source_journal: Journal,
-    target_journal: Journal,
+pub struct World {
+    pub source: SourceSide,
+    pub target: Target,
+    pub source_journal: Journal,
+    pub target_journal: Journal,
     queue: VecDeque<Next>,
     now: u64,
-    events: usize,
+    pub events: usize,
     fault: Fault,
     linked: bool,
     epoch: u32,
     /// Connections lost while the source was past the pause, and before its commit.
-    cut_in_the_pause: bool,
+    pub cut_in_the_pause: bool,
     source_ram: Vec<u32>,
     target_ram: Vec<u32>,
     ledger: PagesLedger,
     arrived: Arrived,
     counts: PageCounts,
-    pages_sent: u64,
-    turned_dirty: u64,
-    source_runs: bool,
-    target_runs: bool,
+    pub pages_sent: u64,
+    pub turned_dirty: u64,
+    pub source_runs: bool,
+    pub target_runs: bool,
     /// Dirty pages the guest makes in successive rounds.
     dirty: Vec<u64>,
     damaged: Vec<PageRange>,
-    source_end: Option<String>,
-    target_ended: bool,
-    target_refused: Option<String>,
-    retired: bool,
+    pub source_end: Option<String>,
+    pub target_ended: bool,
+    pub target_refused: Option<String>,
+    pub retired: bool,
 }
 
 fn disks() -> Vec<DiskSetup> {
     vec![DiskSetup { name: "vda".into(), virtual_bytes: 1 << 30 }]
 }
 
-fn run(fault: Fault, dirty: Vec<u64>, damaged: Vec<PageRange>) -> World {
+pub fn run(fault: Fault, dirty: Vec<u64>, damaged: Vec<PageRange>) -> World {
     let move_id = MoveId::new("m").unwrap();
     let (source, actions) = Source::start(SourcePlan {
         move_id: move_id.clone(),
@@ -484,321 +481,11 @@ impl World {
     }
 }
 
-#[test]
-fn a_move_completes_with_damaged_pages_sent_again() {
-    let world = run(Fault::None, vec![30, 4000, 4500], vec![PageRange { first: 3, count: 2 }]);
-    assert!(world.target_runs && !world.source_runs && world.retired);
-    assert!(world.target_ended && world.target_refused.is_none());
-    assert!(matches!(world.target_journal.standing(), Standing::Owner { generation: 2, .. }));
-    assert!(matches!(world.source_journal.standing(), Standing::Released { .. }));
-}
-
-#[test]
-fn a_difference_found_by_the_audit_keeps_the_source() {
-    let world = run(Fault::Damage, vec![30], vec![]);
-    assert!(world.source_runs && !world.target_runs);
-    assert!(world.source_end.unwrap().contains("audit digest"));
-}
-
-#[test]
-fn without_faults_every_event_index_is_reached() {
-    // The fault tests below draw indexes up to this many events: they must cover the whole move.
-    assert!(run(Fault::None, vec![4000, 4500], vec![]).events < EVENTS);
-}
-
-/// More events than a move has here.
-const EVENTS: usize = 150;
-
-/// Cuts the connections at every event of a move in turn: before the pause it completes all the same, and sends no more than an uncut
-/// one and what was under way.
-#[test]
-fn a_connection_lost_before_the_pause_is_made_again() {
-    let dirty = || vec![30, 3000, 4500];
-    let uncut = run(Fault::None, dirty(), vec![]);
-    let mut resumed = 0;
-    for at in 1..uncut.events {
-        let world = run(Fault::Cuts([at, 0, 0]), dirty(), vec![PageRange { first: 3, count: 2 }]);
-        let SourceSide::Committed(committed) = &world.source else {
-            assert!(world.cut_in_the_pause || at < 4, "cut at {at}: {:?}", world.source_end);
-            continue;
-        };
-        resumed += committed.reconnects;
-        assert!(world.target_runs && !world.cut_in_the_pause, "cut at {at}");
-        let most = RESIDENT + world.turned_dirty + 2 + u64::from(committed.reconnects) * WINDOW;
-        assert!(world.pages_sent <= most, "cut at {at}: {} of at most {most}", world.pages_sent);
-    }
-    assert!(resumed > 20, "{resumed}");
-}
-
-#[test]
-fn a_connection_lost_while_nothing_is_under_way_costs_nothing() {
-    let dirty = || vec![30, 3000];
-    let uncut = run(Fault::None, dirty(), vec![]);
-    // The target's word that it is ready: the mirrors have not begun.
-    let cut = run(Fault::Cuts([9, 0, 0]), dirty(), vec![]);
-    let SourceSide::Committed(committed) = &cut.source else { panic!("{:?}", cut.source_end) };
-    assert_eq!((committed.reconnects, cut.pages_sent), (1, uncut.pages_sent));
-}
-
-#[test]
-fn a_target_that_is_gone_for_good_is_given_up() {
-    for at in 4..EVENTS {
-        let world = run(Fault::CutForGood(at), vec![30, 4000], vec![]);
-        assert!(world.source_runs != world.target_runs, "cut at {at}");
-        if world.source_runs {
-            let why = world.source_end.unwrap();
-            assert!(why.contains("lost"), "{why}");
-            assert!(world.target_ended && world.target_journal.standing() == &discarded());
-        }
-    }
-}
-
-#[test]
-fn a_cancel_while_reconnecting_leaves_nothing() {
-    for at in 4..40 {
-        for later in 1..12 {
-            let world = run(Fault::CutThenCancel(at, later), vec![30, 4000], vec![]);
-            assert!(world.source_runs != world.target_runs, "cut at {at}, cancelled {later} later");
-            if world.source_runs {
-                assert!(world.target_ended && world.target_journal.standing() == &discarded());
-                assert!(matches!(world.source_journal.standing(), Standing::Owner { generation: 1, .. }));
-            }
-        }
-    }
-}
-
 fn proof(counts: PageCounts, ram: &[u32]) -> Proof {
     let bytes: Vec<u8> = ram.iter().flat_map(|value| value.to_le_bytes()).collect();
     Proof {
         counters: Counters { data_pages: counts.data, zero_pages: counts.zero, ..Counters::default() },
         digest: *blake3::hash(&bytes).as_bytes(),
         audit: Some([1; 32]),
-    }
-}
-
-fn discarded() -> Standing {
-    Standing::Discarded { move_id: MoveId::new("m").unwrap(), disks: vec![] }
-}
-
-/// Steps a source to the acknowledgement of its first round.
-fn source_in_precopy() -> Source {
-    let (mut source, _) = Source::start(SourcePlan {
-        move_id: MoveId::new("m").unwrap(),
-        to_host: Some("b".into()),
-        generation: 2,
-        ram_pages: Some(PAGES),
-        disks: vec![],
-        disks_after: vec![],
-        max_downtime: 50_000,
-        audit: false,
-    });
-    source.step(1, source::Event::Journaled);
-    source.step(2, source::Event::Connected);
-    source.step(3, source::Event::Target(TargetMsg::Ready));
-    let end = source.step(4, source::Event::LoggingStarted { resident: PageSet::empty(PAGES) });
-    assert_eq!(end, [source::Action::EndRound(1)]);
-    source
-}
-
-fn ack(damaged: Vec<PageRange>) -> source::Event {
-    source::Event::Target(TargetMsg::RoundAck { round: 1, damaged })
-}
-
-#[test]
-fn a_second_answer_to_one_round_ends_the_move() {
-    let mut source = source_in_precopy();
-    assert_eq!(source.step(5, ack(vec![])), [source::Action::CollectDirty]);
-    source.step(6, ack(vec![]));
-    assert_eq!(source.phase(), source::Phase::Aborting);
-}
-
-#[test]
-fn damaged_pages_that_do_not_exist_end_the_move() {
-    for range in [PageRange { first: PAGES, count: 1 }, PageRange { first: u64::MAX, count: 2 }] {
-        let mut source = source_in_precopy();
-        source.step(5, ack(vec![range]));
-        assert_eq!(source.phase(), source::Phase::Aborting);
-    }
-    let mut source = source_in_precopy();
-    source.step(5, ack(vec![PageRange { first: 0, count: PAGES }; 2]));
-    assert_eq!(source.phase(), source::Phase::Aborting);
-}
-
-#[test]
-fn a_cancel_before_the_first_record_is_read_leaves_no_move_standing() {
-    let (mut source, _) = Source::start(source_in_precopy().plan().clone());
-    let actions = source.step(1, source::Event::Cancel);
-    assert!(matches!(actions[..], [source::Action::Journal(Record::Aborted { .. })]));
-}
-
-#[test]
-fn a_target_hears_the_commit_after_a_data_connection_was_lost() {
-    let (mut target, _) = Target::start(TargetPlan {
-        move_id: MoveId::new("m").unwrap(),
-        from_host: "a".into(),
-        generation: 2,
-        ram_pages: PAGES,
-        disks: vec![],
-        images: vec![],
-    });
-    use target::Event as E;
-    let setup = SourceMsg::Setup { ram_pages: PAGES, disks: vec![], audit: false };
-    let proved = E::Proved { proof: Proof::default(), allocated: vec![], load_us: 0 };
-    for event in [
-        E::Journaled,
-        E::Linked(Arrived::default()),
-        E::Source(setup),
-        E::ImagesReady,
-        E::Source(SourceMsg::State(vec![])),
-        E::Source(SourceMsg::Prepare(Proof::default())),
-        E::Loaded,
-        proved,
-        E::Journaled,
-        E::LinkLost("a page stream".into()),
-    ] {
-        target.step(event);
-    }
-    assert_eq!(target.phase(), target::Phase::Undecided);
-    target.step(E::Source(SourceMsg::Commit));
-    target.step(E::Journaled);
-    let told = target.step(E::Resumed { resume_us: 1 });
-    assert!(told.contains(&target::Action::Tell(TargetMsg::Running { resume_us: 1 })));
-}
-
-proptest! {
-    #[test]
-    fn faults_anywhere_leave_exactly_one_runner(
-        kind in 0u8..6,
-        at in 0..EVENTS,
-        more in (0..EVENTS, 0..EVENTS),
-        dirty in proptest::collection::vec(0u64..5000, 0..4),
-    ) {
-        let fault = match kind {
-            0 => Fault::Cuts([at, more.0, more.1]),
-            1 => Fault::Cancel(at),
-            4 => Fault::CutForGood(at),
-            5 => Fault::CutThenCancel(at, more.0),
-            2 => Fault::SourceJournal(at),
-            _ => Fault::TargetJournal(at),
-        };
-        let world = run(fault, dirty, vec![]);
-        let owner_unwritten = world.target.phase() == target::Phase::Undecided;
-        // Only a target that cannot write its ownership down leaves nobody running: it waits for its disk to be mended.
-        prop_assert!(world.source_runs != world.target_runs || owner_unwritten, "{:?}", fault);
-        prop_assert!(!(world.source_runs && world.target_runs));
-        prop_assert!(world.source_end.is_some() || owner_unwritten);
-        if world.source_runs {
-            // The source goes on as its owner, and the target holds nothing.
-            prop_assert!(world.target_ended);
-        }
-        if matches!(fault, Fault::Cuts(_)) && !world.cut_in_the_pause && at > 3 && more.0 > 3 && more.1 > 3 {
-            prop_assert!(world.target_runs, "{:?}: {:?}", fault, world.source_end);
-        }
-    }
-}
-
-#[test]
-fn late_words_of_lost_connections_change_nothing() {
-    let mut source = source_in_precopy();
-    let reconnect = source.step(5, source::Event::LinkLost("cut".into()));
-    assert_eq!(reconnect, [source::Action::Reconnect]);
-    assert_eq!(source.phase().name(), "reconnecting");
-    let late = [
-        ack(vec![]),
-        source::Event::LinkLost("cut as well".into()),
-        source::Event::Target(TargetMsg::Resumed(Arrived::default())),
-        source::Event::BatchSent { bytes: 1, zero_pages: 0 },
-    ];
-    for event in late {
-        assert_eq!(source.step(6, event), []);
-    }
-    assert_eq!(source.step(7, source::Event::Connected), [source::Action::Tell(SourceMsg::Resume)]);
-    let arrived = Arrived { frames: 4, operations: vec![] };
-    let told = source::Event::Target(TargetMsg::Resumed(arrived.clone()));
-    assert_eq!(source.step(8, told), [source::Action::Restore(arrived)]);
-    // The end of the round may not have arrived, or its answer: it is sent again, and one answer is taken.
-    let mut lost = PageSet::empty(PAGES);
-    assert_eq!(
-        source.step(9, source::Event::Restored { lost: lost.clone(), bytes: 0 }),
-        [source::Action::EndRound(1)]
-    );
-    assert_eq!(source.step(10, ack(vec![])), [source::Action::CollectDirty]);
-
-    // Lost again while the dirty pages are being collected; what was sent and has not arrived goes first.
-    source.step(11, source::Event::LinkLost("cut".into()));
-    let mut dirty = PageSet::empty(PAGES);
-    dirty.insert(PageRange { first: 0, count: 3 });
-    assert_eq!(source.step(12, source::Event::Dirty(dirty)), []);
-    source.step(13, source::Event::Connected);
-    source.step(14, source::Event::Target(TargetMsg::Resumed(Arrived::default())));
-    lost.insert(PageRange { first: 3, count: 2 });
-    let send = source.step(15, source::Event::Restored { lost, bytes: 0 });
-    assert_eq!(send, [source::Action::SendPages(vec![PageRange { first: 0, count: 5 }])]);
-    assert_eq!((source.phase(), source.reconnects()), (source::Phase::PreCopy, 2));
-}
-
-#[test]
-fn a_target_that_resumes_out_of_turn_ends_the_move() {
-    let mut source = source_in_precopy();
-    let told = || source::Event::Target(TargetMsg::Resumed(Arrived::default()));
-    source.step(5, told());
-    assert_eq!(source.phase(), source::Phase::Aborting);
-    let mut source = source_in_precopy();
-    source.step(5, source::Event::LinkLost("cut".into()));
-    source.step(6, source::Event::Connected);
-    source.step(7, told());
-    source.step(8, told());
-    assert_eq!(source.phase(), source::Phase::Aborting);
-}
-
-#[test]
-fn a_link_that_drops_again_and_again_is_given_up() {
-    let mut source = source_in_precopy();
-    let mut now = 5;
-    while source.phase() != source::Phase::Aborting {
-        now += 1;
-        source.step(now, source::Event::LinkLost("cut".into()));
-        source.step(now, source::Event::Connected);
-        assert!(now < 1000);
-    }
-    assert_eq!(source.reconnects(), 100);
-}
-
-#[test]
-fn a_source_that_begins_anew_or_says_nothing_first_is_refused() {
-    use target::{Action as A, Event as E};
-    let setup = || E::Source(SourceMsg::Setup { ram_pages: PAGES, disks: vec![], audit: false });
-    let receiving = || {
-        let (mut target, _) = Target::start(TargetPlan {
-            move_id: MoveId::new("m").unwrap(),
-            from_host: "a".into(),
-            generation: 2,
-            ram_pages: PAGES,
-            disks: vec![],
-            images: vec![],
-        });
-        for event in [E::Journaled, E::ImagesReady, E::Linked(Arrived::default()), setup()] {
-            target.step(event);
-        }
-        assert_eq!(target.phase(), target::Phase::Receiving);
-        assert_eq!(target.step(E::LinkLost("cut".into())), [A::Await]);
-        target
-    };
-    let begun = Arrived { frames: 1, operations: vec![] };
-    let mut target = receiving();
-    target.step(E::Linked(Arrived::default()));
-    assert_eq!(target.step(setup()), [A::Tell(TargetMsg::Ready)]);
-
-    let mut target = receiving();
-    target.step(E::Linked(begun.clone()));
-    assert_eq!(target.step(E::Source(SourceMsg::Resume)), [A::Tell(TargetMsg::Resumed(begun.clone()))]);
-    target.step(E::Source(SourceMsg::Resume));
-    assert_eq!(target.phase(), target::Phase::Discarding);
-
-    for said in [setup(), E::Source(SourceMsg::State(vec![]))] {
-        let mut target = receiving();
-        target.step(E::Linked(begun.clone()));
-        target.step(said);
-        assert_eq!(target.phase(), target::Phase::Discarding);
     }
 }
