@@ -49,9 +49,14 @@ impl Agent {
         blocking(move || {
             let journal = vm.synced_journal()?;
             let mut account = account(&agent.config.name, &owned, &journal, process.as_ref())?;
-            if account.standing == StandingKind::Nothing
+            // Not only once its directory is gone: from the word that the VM runs elsewhere on it would count as nothing held here.
+            let ended = matches!(
+                account.standing,
+                StandingKind::Nothing | StandingKind::Discarded | StandingKind::Released | StandingKind::Lost
+            );
+            if ended
                 && let Some(move_id) = asked
-                && let Some(generation) = agent.taken_at(&move_id)?
+                && let Some(generation) = agent.taken_at(&vm, &move_id)?
             {
                 account.standing = StandingKind::Released;
                 account.generation = Some(generation);

@@ -252,6 +252,35 @@ async fn what_an_aborted_move_made_is_removed_however_the_abort_was_cut_short() 
     drop(right);
 }
 
+/// It has gone on from where it was taken over, and what is left of it there is not removed yet.
+#[tokio::test]
+async fn a_take_over_is_remembered_while_the_vm_leaves() {
+    let (left, mut right) = aftermath(None, None).await;
+    right.serve().await;
+    let generation = 2 + TAKE_OVER_STEP;
+    let onward = MoveId::new("onward").unwrap();
+    let (disks, to_host) = (right.disks("web"), Some("third".to_owned()));
+    // Behind the agent's back: it settles nothing before it is restarted.
+    let incoming =
+        Record::Incoming { move_id: id(), from_host: "left".into(), generation: 2, disks: disks.clone() };
+    let records = [
+        incoming,
+        Record::Prepared { move_id: id() },
+        Record::TakenOver { move_id: id(), generation, disks },
+        Record::Moving { move_id: onward.clone(), to_host, generation: generation + 1 },
+        Record::Committed { move_id: onward.clone() },
+        Record::Released { move_id: onward },
+    ];
+    right.remains("web", None, &records);
+    let account = right.agent().standing("web", Some(id())).await.unwrap();
+    assert_eq!((account.standing, account.generation), (StandingKind::Released, Some(generation)));
+    let other = MoveId::new("other").unwrap();
+    let account = right.agent().standing("web", Some(other)).await.unwrap();
+    assert_eq!((account.standing, account.generation), (StandingKind::Released, None));
+    right.end().await;
+    drop(left);
+}
+
 #[tokio::test]
 async fn nothing_is_taken_over_while_a_third_host_cannot_be_asked() {
     let (mut left, right) = aftermath(Some(&[moving()]), Some(true)).await;

@@ -295,7 +295,14 @@ impl Agent {
     }
 
     /// The generation at which a VM that is not here any more was taken over here by this move.
-    pub(super) fn taken_at(&self, move_id: &MoveId) -> Result<Option<u64>, ApiError> {
+    pub(super) fn taken_at(&self, vm: &VmDir, move_id: &MoveId) -> Result<Option<u64>, ApiError> {
+        let by_journal = vm.records()?.into_iter().find_map(|record| match record {
+            Record::TakenOver { move_id: taken, generation, .. } if taken == *move_id => Some(generation),
+            _ => None,
+        });
+        if by_journal.is_some() {
+            return Ok(by_journal);
+        }
         let path = self.taken_file(move_id)?;
         match std::fs::read_to_string(&path) {
             Ok(text) => match text.trim().parse() {
