@@ -1,6 +1,6 @@
 //! vmove: shared-nothing live migration for KVM, as a library for its binary and for whole-system tests.
 //!
-//! Lives here: commands, the per-host agent and its API, identity, rendering. Never enters: guest bytes.
+//! Lives here: commands, the per-host agent and its API, placement, identity, rendering. Never enters: guest bytes.
 #![forbid(unsafe_code)]
 
 pub mod agent;
@@ -10,4 +10,5 @@ pub mod client;
 pub mod commands;
 pub mod demo;
 pub mod identity;
+pub mod placement;
 pub mod render;

@@ -18,6 +18,7 @@
 //! | [`model`] | the ownership rule in a world so small that every state of it is visited |
 //! | [`decoders`], [`seeds`] | every decoder of bytes from outside, and valid bytes for each |
 //! | [`sim`] | the simulator: the engine, journal and failure table in a world that fails |
+//! | [`clusters`] | generated clusters for the planner, and the watch over a plan |
 //! | [`wait`], [`kvm`] | waiting for events; what this machine lacks |
 //!
 //! Never enters: short cuts into the product. What a test changes or asks goes through the command line, the sockets or the files
@@ -26,6 +27,7 @@
 
 pub mod clients;
 pub mod cluster;
+pub mod clusters;
 pub mod console;
 pub mod decoders;
 pub mod faults;
