@@ -40,6 +40,7 @@ fn definition(vcpus: u8, memory_mib: u64, words: &str) -> VmDefinition {
             read_only: false,
         }],
         networks: vec![],
+        apart: Vec::new(),
     }
 }
 

@@ -166,6 +166,7 @@ pub(super) fn definition(name: &str, datastore: &str) -> VmDefinition {
             read_only: false,
         }],
         networks: vec![],
+        apart: Vec::new(),
     }
 }
 

@@ -23,6 +23,8 @@ pub const MAX_KERNEL: u64 = 1 << 30;
 pub const MAX_INITRD: u64 = 4 << 30;
 /// Most disks of a VM.
 const MAX_DISKS: usize = 16;
+/// Most groups a VM is kept apart in.
+const MAX_GROUPS: usize = 16;
 /// Most RAM of a VM, MiB (16 TiB).
 const MAX_MEMORY_MIB: u64 = 16 << 20;
 /// Longest kernel command line, bytes (COMMAND_LINE_SIZE on x86, arch/x86/include/asm/setup.h).
@@ -45,6 +47,12 @@ pub fn check_definition(vm: &VmDefinition) -> Result<(), ApiError> {
         return invalid(format!("{} disks; at most {MAX_DISKS} are possible", vm.disks.len()));
     }
     networks::check(&vm.networks).or_else(invalid)?;
+    if vm.apart.len() > MAX_GROUPS {
+        return invalid(format!("{} groups in `apart`; at most {MAX_GROUPS} are possible", vm.apart.len()));
+    }
+    for group in &vm.apart {
+        check_name("group", group)?;
+    }
     let mut names = std::collections::BTreeSet::new();
     for disk in &vm.disks {
         check_name("disk", &disk.name)?;
@@ -71,6 +79,7 @@ impl Agent {
                 "{name:?} is a command of vmove: `vmove {name} ...` would not reach a VM of this name; choose another"
             )));
         }
+        self.refuse_in_maintenance()?;
         let _reservation = self.registry.reserve(&name, "being created")?;
         if vm.path().exists() {
             return Err(ApiError::name_taken(format!("host {} has a VM {name:?} already", self.config.name)));

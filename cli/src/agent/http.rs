@@ -18,7 +18,7 @@ use super::error::ApiError;
 use super::listener::{Caller, TlsListener, listen_unix};
 use super::{
     Agent, AgentError, forward, routes_checkpoint, routes_estimate, routes_host, routes_peer,
-    routes_recovery, routes_removal, routes_vm, routes_watch,
+    routes_placement, routes_recovery, routes_removal, routes_vm, routes_watch,
 };
 
 /// The document's head.
@@ -109,6 +109,9 @@ fn build(agent: Option<Arc<Agent>>) -> (OpenApiRouter<Arc<Agent>>, Option<Arc<Ag
         .routes(routes!(routes_removal::remove))
         .routes(routes!(routes_removal::ties))
         .routes(routes!(routes_removal::removed, routes_removal::hear_of_removed))
+        .routes(routes!(routes_placement::inventory))
+        .routes(routes!(routes_placement::cluster_inventory))
+        .routes(routes!(routes_placement::maintenance))
         .routes(routes!(routes_vm::list, routes_vm::create))
         .merge(vms)
         .merge(moves)

@@ -229,6 +229,7 @@ impl Agent {
             taken,
         };
         let (places, mut blockers) = plan::receive(offer, &there);
+        blockers.extend(self.maintenance_blocker());
         blockers.extend(self.registry.vm(&offer.definition.name)?.sockets_fit().err());
         blockers.extend(self.network_blockers(&offer.definition)?);
         let mut disks = Vec::new();

@@ -8,6 +8,7 @@
 //! | [`registry`], [`vmdir`], [`vms`], [`create`] | VMs of this host |
 //! | [`process`], [`launch`], [`control`] | their processes |
 //! | [`plan`], [`moves`], [`incoming`] | moves: decided, led, received |
+//! | `inventory`, `maintenance` | what the placement of VMs asks; keeping them away |
 //! | [`settle`], `other_end`, `recover` | what is left after a crash: settled, asked about, shown |
 //! | [`checkpoints`], [`restore`], `routes_checkpoint` | moments of a VM that are kept, and going on from one |
 //!
@@ -29,8 +30,10 @@ pub mod hostinfo;
 pub mod http;
 pub mod images;
 pub mod incoming;
+mod inventory;
 pub mod launch;
 pub mod listener;
+mod maintenance;
 mod metrics;
 pub mod moves;
 mod networks;
@@ -53,6 +56,7 @@ mod routes_checkpoint;
 mod routes_estimate;
 mod routes_host;
 mod routes_peer;
+mod routes_placement;
 mod routes_recovery;
 mod routes_removal;
 mod routes_vm;
@@ -73,6 +77,7 @@ use vmove_storage::Datastore;
 use self::config::{Config, ConfigError, HostsStore};
 use self::error::ApiError;
 use self::incoming::Arrivals;
+use self::maintenance::MaintenanceFile;
 use self::peers::Peers;
 use self::registry::Registry;
 use crate::api::types::{DatastoreInfo, HostInfo, PEER_VERSION};
@@ -152,6 +157,7 @@ pub struct Agent {
     watched: watched::Watched,
     /// Held by a probe that is taken in.
     probing: tokio::sync::Mutex<()>,
+    maintenance: MaintenanceFile,
     program: PathBuf,
     /// True once the agent is to end; long waits give up then.
     ending: watch::Sender<bool>,
@@ -187,6 +193,7 @@ impl Agent {
         let tls = if identity.exists() { Some(HostTls::load(&identity)?) } else { None };
         let peers = Arc::new(Peers::open(&config.name, tls.clone(), &config.hosts, HostsStore::of(&state))?);
         let registry = Arc::new(Registry::open(&state)?);
+        let maintenance = MaintenanceFile::open(&state)?;
         Ok(Arc::new(Self {
             state,
             stores,
@@ -197,6 +204,7 @@ impl Agent {
             arrivals: Mutex::default(),
             watched: watched::Watched::default(),
             probing: tokio::sync::Mutex::default(),
+            maintenance,
             program,
             ending: watch::Sender::new(false),
             config,
@@ -238,6 +246,7 @@ impl Agent {
             memory_free_bytes: memory.available,
             cpu_features: hostinfo::cpu_features(&self.config.cpu_mask)?,
             datastores: self.datastore_infos()?,
+            maintenance: self.maintenance.get().on,
         })
     }
 

@@ -128,7 +128,7 @@ fn space_blockers<'a>(
     let mut blockers = Vec::new();
     for store in stores {
         let here = needs.clone().filter(|(name, _)| *name == store.name);
-        let need: u64 = here.map(|(_, bytes)| bytes / 100 * GROWTH_PERCENT + SLACK).sum();
+        let need = here.fold(0u64, |sum, (_, bytes)| sum.saturating_add(room_for(bytes)));
         if need > store.free_bytes {
             blockers.push(format!(
                 "datastore {} on host {host} has {} free, the disks need {}",
@@ -139,6 +139,16 @@ fn space_blockers<'a>(
         }
     }
     blockers
+}
+
+/// Room a copy of an image must find in a datastore, bytes.
+pub fn room_for(allocated_bytes: u64) -> u64 {
+    (allocated_bytes / 100).saturating_mul(GROWTH_PERCENT).saturating_add(SLACK)
+}
+
+/// Memory a VM must find on a host, bytes.
+pub fn memory_need(memory_mib: u64) -> u64 {
+    memory_mib.saturating_mul(1 << 20).saturating_add(PROCESS_OVERHEAD)
 }
 
 fn mib(bytes: u64) -> String {
@@ -165,7 +175,7 @@ pub fn host_blockers(
             missing.join(" ")
         ));
     }
-    let need = definition.memory_mib.saturating_mul(1 << 20).saturating_add(PROCESS_OVERHEAD);
+    let need = memory_need(definition.memory_mib);
     if need > free_memory {
         blockers.push(format!(
             "host {host} has {} of memory free, VM {} needs {}",
@@ -300,6 +310,7 @@ mod tests {
                 })
                 .collect(),
             networks: Vec::new(),
+            apart: Vec::new(),
         }
     }
 

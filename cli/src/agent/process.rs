@@ -33,6 +33,20 @@ pub fn serves(pid: u32, dir: &Path) -> bool {
     std::fs::read(format!("/proc/{pid}/cmdline")).is_ok_and(|line| is_for(&line, dir))
 }
 
+/// Memory that a process has touched and that is its own or shared with none but its children, bytes (proc(5), `/proc/pid/status`).
+pub fn touched(pid: u32) -> Option<u64> {
+    touched_of(&std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?)
+}
+
+fn touched_of(status: &str) -> Option<u64> {
+    let field = |name: &str| {
+        let value = status.lines().find_map(|line| line.strip_prefix(name))?;
+        value.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()
+    };
+    // Guest RAM is a memory file or private: one of the two.
+    field("RssAnon:")?.checked_add(field("RssShmem:")?)?.checked_mul(1024)
+}
+
 fn is_for(cmdline: &[u8], dir: &Path) -> bool {
     let words: Vec<&[u8]> = cmdline.split(|byte| *byte == 0).collect();
     words.get(1) == Some(&SUBCOMMAND.as_bytes())
@@ -85,6 +99,14 @@ pub fn kill_now(pid: u32, dir: &Path) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn touched_memory_is_read() {
+        let text = "VmRSS:\t 500 kB\nRssAnon:\t     100 kB\nRssFile:\t     80 kB\nRssShmem:\t     320 kB\n";
+        assert_eq!(touched_of(text), Some(420 * 1024));
+        assert_eq!(touched_of("RssAnon: 1 kB"), None);
+        assert!(touched(std::process::id()).is_some_and(|bytes| bytes > 0));
+    }
 
     #[test]
     fn a_process_is_known_by_its_words() {

@@ -69,6 +69,7 @@ impl Agent {
             let request = RestoreCheckpoint { host: Some(target.clone()) };
             return self.peers.call(&target, Method::POST, &path, Some(&request), RESTORE_LIMIT).await;
         }
+        self.refuse_in_maintenance()?;
         let reservation = self.reserve_soon(vm, RESTORING).await?;
         // Once more, now that others are told of this restore ([`Agent::must_view`]): of two hosts that are asked at once at most one
         // finds nobody else at it.

@@ -172,20 +172,25 @@ impl Agent {
             match self.view(&name).await {
                 Ok(Some(view)) => vms.push(self.summary(&view)),
                 Ok(None) => {}
-                Err(error) => vms.push(VmSummary {
-                    name,
-                    state: VmState::Failed,
-                    vcpus: 0,
-                    memory_mib: 0,
-                    host: self.config.name.clone(),
-                    disks: Vec::new(),
-                    generation: 0,
-                    move_id: None,
-                    error: Some(error.message),
-                }),
+                Err(error) => vms.push(self.unreadable(name, error.message)),
             }
         }
         Ok(vms)
+    }
+
+    /// A VM whose files cannot be read, for a list.
+    pub(super) fn unreadable(&self, name: String, error: String) -> VmSummary {
+        VmSummary {
+            name,
+            state: VmState::Failed,
+            vcpus: 0,
+            memory_mib: 0,
+            host: self.config.name.clone(),
+            disks: Vec::new(),
+            generation: 0,
+            move_id: None,
+            error: Some(error),
+        }
     }
 
     /// Reserves a VM. What this agent does with it for a moment after a process or a move has ended is waited out: who has just
@@ -219,6 +224,7 @@ impl Agent {
     pub async fn start(self: &Arc<Self>, name: &str) -> Result<VmSummary, ApiError> {
         let reservation = self.reserve_soon(name, "being started").await?;
         let view = self.must_view(name).await?;
+        self.refuse_in_maintenance()?;
         match view.state {
             VmState::Stopped | VmState::Failed => {}
             VmState::Undecided | VmState::Lost => return Err(undecided(name, &view)),

@@ -4,6 +4,7 @@
 
 pub mod checkpoint;
 pub mod estimate;
+pub mod placement;
 pub mod recovery;
 pub mod removal;
 pub mod types;

@@ -64,6 +64,9 @@ pub struct HostInfo {
     pub cpu_features: Vec<String>,
     /// Its datastores; the first is the default.
     pub datastores: Vec<DatastoreInfo>,
+    /// It is in maintenance: nothing new comes to it.
+    #[serde(default)]
+    pub maintenance: bool,
 }
 
 /// A datastore of a host.

@@ -44,6 +44,7 @@ impl Subject {
             cpu_features: Vec::new(),
             disks: Vec::new(),
             networks: Vec::new(),
+            apart: Vec::new(),
         };
         create(rig, &agents[0], definition).await?;
         let watch = Watch::new(agents[0].clone(), VM).await?;

@@ -14,6 +14,7 @@ use serde::de::DeserializeOwned;
 use super::{ClientError, connect_unix};
 use crate::api::checkpoint::{CheckpointBegun, CheckpointList, RestoreCheckpoint, TakeCheckpoint};
 use crate::api::estimate::{Estimate, EstimateRequest};
+use crate::api::placement::{ClusterInventory, Maintenance, MaintenanceRequest};
 use crate::api::recovery::{HostStanding, RecoveryReport};
 use crate::api::removal::HostRemoval;
 use crate::api::types::{
@@ -63,6 +64,20 @@ impl Client {
     /// Takes a host that is gone for ever out of the cluster.
     pub async fn remove_host(&self, host: &str) -> Result<HostRemoval, ClientError> {
         self.call(Method::DELETE, &format!("/v1/hosts/{}", segment(host)), None::<&()>).await
+    }
+
+    /// What all hosts have and carry.
+    pub async fn inventory(&self) -> Result<ClusterInventory, ClientError> {
+        self.call(Method::GET, "/v1/cluster/inventory", None::<&()>).await
+    }
+
+    /// Switches maintenance of a host.
+    pub async fn set_maintenance(
+        &self,
+        host: &str,
+        request: MaintenanceRequest,
+    ) -> Result<Maintenance, ClientError> {
+        self.call(Method::PUT, &format!("/v1/hosts/{}/maintenance", segment(host)), Some(&request)).await
     }
 
     /// VMs of this host, or of all hosts.

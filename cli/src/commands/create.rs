@@ -18,7 +18,7 @@ pub struct CreateArgs {
     #[arg(required_unless_present = "file")]
     pub name: Option<String>,
     /// Definition in TOML (name, vcpus, memory_mib, cmdline, disks) instead of the options
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["name", "cmdline", "vcpus", "memory", "disk", "net"])]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["name", "cmdline", "vcpus", "memory", "disk", "net", "apart"])]
     pub file: Option<PathBuf>,
     /// Kernel to boot: an ELF with a PVH note, or a bzImage
     #[arg(long, value_name = "FILE")]
@@ -41,6 +41,9 @@ pub struct CreateArgs {
     /// A network interface: bridge=br0[,mac=52:54:00:12:34:56][,name=eth0], or tap=tap0 for one made by hand (repeat for more)
     #[arg(long, value_name = "SPEC", value_parser = net)]
     pub net: Vec<NetworkDefinition>,
+    /// A group of VMs of which no host should run two (repeat for more)
+    #[arg(long, value_name = "GROUP")]
+    pub apart: Vec<String>,
     /// Print the new VM as JSON
     #[arg(long)]
     pub json: bool,
@@ -169,6 +172,7 @@ impl CreateArgs {
                     cpu_features: Vec::new(),
                     disks: self.disk.iter().map(|spec| spec.disk.clone()).collect(),
                     networks: named(&self.net),
+                    apart: self.apart.clone(),
                 }
             }
             (None, None) => return Err(CommandError::Usage("a name or --file is needed".to_owned())),

@@ -185,6 +185,7 @@ fn definition() -> VmDefinition {
             read_only: false,
         }],
         networks: Vec::new(),
+        apart: Vec::new(),
     }
 }
 

@@ -46,6 +46,9 @@ pub struct VmDefinition {
     /// Network interfaces, in the order the guest sees them.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub networks: Vec<NetworkDefinition>,
+    /// Groups of which no host should run two VMs: `vmove evacuate` and `vmove balance` keep them apart.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub apart: Vec<String>,
 }
 
 fn one() -> u8 {
