@@ -9,6 +9,7 @@ pub mod bench;
 pub mod client;
 pub mod commands;
 pub mod demo;
+pub mod evacuation;
 pub mod identity;
 pub mod placement;
 pub mod render;

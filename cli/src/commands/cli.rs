@@ -7,10 +7,12 @@ use std::ffi::OsString;
 use clap::{CommandFactory, Parser, Subcommand};
 
 use super::agent::AgentArgs;
+use super::balance::BalanceArgs;
 use super::checkpoint::{CheckpointArgs, CheckpointsArgs, RestoreArgs};
 use super::console::ConsoleArgs;
 use super::create::CreateArgs;
 use super::estimate::EstimateArgs;
+use super::evacuate::EvacuateArgs;
 use super::hosts::{DatastoreCommand, HostCommand};
 use super::image::ImageCommand;
 use super::init::{InitArgs, TokenArgs};
@@ -82,6 +84,13 @@ pub enum Command {
     Cancel(MoveIdArgs),
     /// Settle who owns a VM after a failure, and show who holds what of it
     Recover(RecoverArgs),
+    /// Empty a host: move all its VMs to others, by a plan
+    ///
+    /// The moves are the agents': if this command is killed, those that have begun go on. Give it again, with the host or the plan, and it
+    /// goes on too. Exit code 0: the host is empty; 1: something stays, and the report says why.
+    Evacuate(EvacuateArgs),
+    /// Suggest moves that even out RAM and CPUs over the hosts
+    Balance(BalanceArgs),
     /// Run the agent of this host
     Agent(AgentArgs),
     /// Make a new cluster, of this host alone

@@ -1,9 +1,10 @@
-//! `vmove host ls|rm` and `vmove datastore ls`.
+//! `vmove host ls|rm|maintenance` and `vmove datastore ls`.
 
 use std::fmt::Write as _;
 
 use super::CommandError;
 use super::confirm::confirm;
+use super::maintenance::MaintenanceCommand;
 use crate::api::removal::HostRemoval;
 use crate::client::Client;
 use crate::render::table::{Align, Table};
@@ -16,6 +17,9 @@ pub enum HostCommand {
     Ls(JsonArgs),
     /// Take a host that is gone for ever out of the cluster (says what that gives up, and asks)
     Rm(RemoveArgs),
+    /// Keep VMs away from a host, or let them come again
+    #[command(subcommand)]
+    Maintenance(MaintenanceCommand),
 }
 
 /// What to do with datastores.
@@ -96,11 +100,12 @@ fn warning(removal: &HostRemoval) -> String {
 }
 
 impl HostCommand {
-    /// Prints the hosts, those that did not answer with the reason; or takes one out.
+    /// Prints the hosts, those that did not answer with the reason; or takes one out; or switches maintenance.
     pub async fn run(&self, client: &Client) -> Result<(), CommandError> {
         let args = match self {
             Self::Ls(args) => args,
             Self::Rm(args) => return args.run(client).await,
+            Self::Maintenance(command) => return command.run(client).await,
         };
         let hosts = client.hosts().await?;
         if args.json {
@@ -122,6 +127,8 @@ impl HostCommand {
                 (false, true) => "reachable".to_owned(),
                 (false, false) => format!("unreachable: {}", host.error.as_deref().unwrap_or("no answer")),
             };
+            let maintained = host.info.as_ref().is_some_and(|info| info.maintenance);
+            let state = if maintained { state + ", in maintenance" } else { state };
             let info = |get: &dyn Fn(&crate::api::types::HostInfo) -> String| {
                 host.info.as_ref().map(get).unwrap_or_default()
             };

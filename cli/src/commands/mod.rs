@@ -4,6 +4,7 @@
 //! [`CommandError`] or not at all. Lives here: the way from words to requests, exit codes. Never enters: HTTP, guest bytes.
 
 mod agent;
+mod balance;
 mod checkpoint;
 mod cli;
 mod confirm;
@@ -11,10 +12,12 @@ mod console;
 mod create;
 mod error;
 mod estimate;
+mod evacuate;
 mod hosts;
 mod image;
 mod init;
 mod join;
+mod maintenance;
 mod move_vm;
 mod recover;
 mod status;
@@ -86,6 +89,8 @@ async fn with_agent(command: Command, client: &Client) -> Result<(), CommandErro
         Command::Cancel(args) => args.cancel(client).await,
         Command::Estimate(args) => args.run(client).await,
         Command::Recover(args) => args.run(client).await,
+        Command::Evacuate(args) => args.run(client).await,
+        Command::Balance(args) => args.run(client).await,
         Command::Host(command) => command.run(client).await,
         Command::Datastore(command) => command.run(client).await,
         Command::Image(_)

@@ -2,6 +2,7 @@
 //!
 //! Lives here: text made from values that others fetched. Never enters: connections, files, decisions.
 
+pub mod evacuation;
 pub mod progress;
 pub mod report;
 pub mod screen;
