@@ -115,8 +115,20 @@ impl Agent {
         if self.arrivals().accepted.contains_key(&offer.move_id) {
             return Err(offered_twice(&offer.move_id));
         }
+        let earlier = self.earlier_arrival(from, &offer, &vm).await;
+        if let (Some(earlier), false) = (&earlier, offer.dry_run) {
+            tracing::info!(
+                vm = name,
+                earlier,
+                move_id = offer.move_id,
+                "offered anew: the earlier move is off"
+            );
+            // One that cannot be ended is in the way, which is said below.
+            let _ = self.discard_incoming(from, earlier).await;
+        }
         let (reservation, view) = self.reserve_arrival(&name, &vm).await?;
         let taken = match (&reservation, view) {
+            _ if earlier.is_some() && offer.dry_run => None,
             (_, Some(view)) => Some(vms::word(view.state)),
             (Err(_), None) => Some(self.registry.busy(&name).unwrap_or("busy")),
             (Ok(_), None) => vm.path().exists().then_some("what is left of it is being cleaned up"),
@@ -206,6 +218,32 @@ impl Agent {
             }
             tokio::time::sleep(REMAINS_INTERVAL).await;
         }
+    }
+
+    /// An earlier move by which the same host offered this VM, and which nothing has come of. Its agent offers only a VM that is not on
+    /// the move, so it has given that one up, or has died over it and knows nothing of it.
+    async fn earlier_arrival(&self, from: &str, offer: &Offer, vm: &VmDir) -> Option<String> {
+        let same = |known: &Offer| known.definition.name == offer.definition.name && known.from_host == from;
+        let waiting = {
+            let arrivals = self.arrivals();
+            arrivals
+                .accepted
+                .values()
+                .find(|arrival| same(&arrival.offer))
+                .map(|arrival| arrival.offer.move_id.clone())
+        };
+        if waiting.is_some() {
+            return waiting;
+        }
+        let vm = vm.clone();
+        let launched = blocking(move || {
+            let Some(Start::Incoming(spec)) = vm.launch().map(|launch| launch.start) else { return Ok(None) };
+            // Prepared, or this host's already: not the source's to take back by a word.
+            let ours = process::find(vm.path()).is_some() && check_ours_to_end(&vm, &spec.move_id).is_ok();
+            Ok(ours.then_some(spec))
+        });
+        let spec = launched.await.ok().flatten().filter(|spec| spec.from_host == from)?;
+        (spec.move_id != offer.move_id).then_some(spec.move_id)
     }
 
     /// Whether an accepted offer of a VM waits to be started.
