@@ -36,6 +36,11 @@ impl Program {
         Self { process, lines, reader: Some(reader) }
     }
 
+    /// Types to it.
+    pub fn type_in(&mut self, keys: &[u8]) {
+        self.process.stdin.as_mut().unwrap().write_all(keys).unwrap();
+    }
+
     /// All complete lines so far.
     pub fn lines(&self) -> Vec<String> {
         self.lines.lock().unwrap_or_else(PoisonError::into_inner).clone()
@@ -121,14 +126,21 @@ impl Announcements {
         Self { program }
     }
 
-    /// How often an address was announced in this way, `rarp` or `garp`, so far; a frame counts on each interface that it passes.
-    pub fn heard(&self, way: &str, mac: &str) -> usize {
+    /// How often an address was announced in this way, `rarp` or `garp`, up to now; a frame counts on each interface that it passes.
+    pub fn heard(&mut self, way: &str, mac: &str) -> usize {
+        let answers = |lines: &[String]| lines.iter().filter(|line| *line == "so far").count();
+        let before = answers(&self.program.lines());
+        self.program.type_in(b"?");
+        let lines = until("all announcements so far", || {
+            let lines = self.program.lines();
+            (answers(&lines) > before).then_some(lines)
+        });
         let wanted = format!("{way} {mac}");
-        self.program.lines().iter().filter(|line| **line == wanted).count()
+        lines.iter().filter(|line| **line == wanted).count()
     }
 
     /// Waits until an address is announced in this way.
-    pub fn hears(&self, way: &str, mac: &str) {
+    pub fn hears(&mut self, way: &str, mac: &str) {
         until(&format!("{way} of {mac}"), || (self.heard(way, mac) > 0).then_some(()));
     }
 }

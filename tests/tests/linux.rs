@@ -120,7 +120,7 @@ fn timers_go_on(cluster: &Cluster, lan: &Lan, ssh: &Ssh<'_>, ping: &Ping) {
     };
     let usual = worst(&before, "late_us").max(worst(&before, "due_us"));
 
-    let announcements = Announcements::start(ANNOUNCEMENTS, lan.host(1));
+    let mut announcements = Announcements::start(ANNOUNCEMENTS, lan.host(1));
     let downtime_ms = relocate(cluster, ping, "a", &["--host", "b", "--datastore", "bulk"]);
     // For the guest, and by the guest itself, which was asked to (GUEST_ANNOUNCE).
     announcements.hears("rarp", MAC);

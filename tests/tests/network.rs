@@ -164,7 +164,7 @@ fn only_a_guest_that_goes_on_there_is_announced_be_it_moved_or_restored() {
     let ping = Ping::start(lan.switch(), IP);
     ping.goes_on();
 
-    let at_b = Announcements::start(ANNOUNCEMENTS, b);
+    let mut at_b = Announcements::start(ANNOUNCEMENTS, b);
     std::thread::scope(|scope| {
         let moving = scope.spawn(|| cluster.vmove("a", &[VM, "--host", "b"]));
         cluster.stops.reached(point);
@@ -195,7 +195,7 @@ fn only_a_guest_that_goes_on_there_is_announced_be_it_moved_or_restored() {
     assert!(shown.contains(&format!("network eth0: {MAC} on bridge {BRIDGE}")), "{shown}");
 
     // As it is after a move.
-    let at_a = Announcements::start(ANNOUNCEMENTS, a);
+    let mut at_a = Announcements::start(ANNOUNCEMENTS, a);
     cluster.relocate("b", &["--host", "a"]);
     at_a.hears("rarp", MAC);
     ping.goes_on();

@@ -1,9 +1,12 @@
 //! Prints what tells the network namespace it runs in where a MAC address is, one line a frame and interface it passes: `rarp MAC` for a
-//! reverse ARP request (RFC 903), `garp MAC` for an ARP frame in which the sender asks for itself. First of all `listening`.
+//! reverse ARP request (RFC 903), `garp MAC` for an ARP frame in which the sender asks for itself. First of all `listening`; and for each
+//! byte of its input `so far`, when all that had come by then is printed. It ends with its input.
 
 use std::fs::File;
 use std::io::{self, Read, Write};
+use std::os::fd::AsFd;
 
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{AddressFamily, SockFlag, SockProtocol, SockType, socket};
 
 fn main() -> io::Result<()> {
@@ -13,10 +16,20 @@ fn main() -> io::Result<()> {
     let mut out = io::stdout();
     writeln!(out, "listening")?;
     let mut frame = [0; 2048];
+    let mut input = File::from(io::stdin().as_fd().try_clone_to_owned()?);
     loop {
-        let length = frames.read(&mut frame)?;
-        if let Some(line) = announcement(&frame[..length]) {
-            writeln!(out, "{line}")?;
+        let mut ready = [&frames, &input].map(|file| PollFd::new(file.as_fd(), PollFlags::POLLIN));
+        poll(&mut ready, PollTimeout::NONE)?;
+        // Frames first: the answer comes behind them.
+        if ready[0].any().unwrap_or(false) {
+            let length = frames.read(&mut frame)?;
+            if let Some(line) = announcement(&frame[..length]) {
+                writeln!(out, "{line}")?;
+            }
+        } else if input.read(&mut [0])? == 0 {
+            return Ok(());
+        } else {
+            writeln!(out, "so far")?;
         }
     }
 }
