@@ -16,6 +16,8 @@ use crate::image::ImageFormat;
 
 /// File that carries the identity.
 const IDENTITY: &str = ".vmove-datastore.json";
+/// Bytes a directory must have room for to become a datastore: as many as a file system may give away at once.
+const PROBE: usize = 64 << 10;
 /// Longest name of a VM, disk or datastore, in bytes.
 const MAX_NAME: usize = 64;
 
@@ -52,6 +54,21 @@ impl Datastore {
         let datastore = Self { name: name.to_owned(), path, id };
         datastore.probe_writable()?;
         Ok(datastore)
+    }
+
+    /// Whether the directory at `path` can become a datastore: there, writable, and with room to write. Nothing is left of the trial.
+    /// Gives the path with all links resolved.
+    ///
+    /// # Errors
+    /// When it cannot.
+    pub fn probe(path: &Path) -> Result<PathBuf> {
+        let path = fs::canonicalize(path).map_err(|e| BlockError::io("open datastore", path, e))?;
+        let probe = path.join(format!(".vmove-probe-{}", Uuid::new_v4()));
+        let error = |e| BlockError::io("write to datastore", &path, e);
+        let written = fs::write(&probe, [0; PROBE]).and_then(|()| fs::File::open(&probe)?.sync_all());
+        let removed = fs::remove_file(&probe);
+        written.and(removed).map_err(error)?;
+        Ok(path)
     }
 
     /// Name the agent knows it by.
@@ -212,6 +229,17 @@ mod tests {
         assert_eq!(first.id(), again.id());
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
         assert!(first.free_bytes().unwrap() <= first.total_bytes().unwrap());
+    }
+
+    #[test]
+    fn a_trial_leaves_nothing_and_says_what_is_wrong() {
+        let dir = tempfile::tempdir().unwrap();
+        assert_eq!(Datastore::probe(dir.path()).unwrap(), dir.path().canonicalize().unwrap());
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+        let (file, missing) = (dir.path().join("file"), dir.path().join("missing"));
+        fs::write(&file, b"x").unwrap();
+        assert!(Datastore::probe(&file).unwrap_err().to_string().contains("Not a directory"));
+        assert!(Datastore::probe(&missing).unwrap_err().to_string().contains("No such file"));
     }
 
     #[test]

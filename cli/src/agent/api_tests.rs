@@ -45,14 +45,8 @@ impl Host {
         std::fs::write(&program, "#!/bin/sh\necho boom > \"$3/error.txt\"\nexit 1\n").unwrap();
         std::fs::set_permissions(&program, std::fs::Permissions::from_mode(0o700)).unwrap();
         std::fs::write(dir.path().join("kernel"), KERNEL).unwrap();
-        let config = Config {
-            name: name.into(),
-            listen: format!("127.0.0.1:{}", free_port()).parse().unwrap(),
-            default_datastore: None,
-            cpu_mask: vec![],
-            datastores: datastores.into(),
-            hosts: vec![],
-        };
+        let listen = format!("127.0.0.1:{}", free_port()).parse().unwrap();
+        let config = Config { datastores: datastores.into(), ..Config::new(name, listen) };
         Self { dir, config, agent: None, serving: None }
     }
 
@@ -192,8 +186,8 @@ pub(super) async fn pair() -> (Host, Client, Host, Client) {
     let (mut left, mut right) = (Host::new("left"), Host::new("right"));
     let token = cluster::init(&left.state(), &left.config, Duration::from_mins(1)).unwrap();
     let to_left = left.serve().await;
-    let address = left.config.listen.to_string();
-    let answer = cluster::join(&right.state(), &right.config, &address, &token).await.unwrap();
+    let address = left.config.listen;
+    let answer = cluster::join(&right.state(), &right.config, address, &token).await.unwrap();
     assert_eq!(answer.hosts[0].name, "left");
     let to_right = right.serve().await;
     (left, to_left, right, to_right)
@@ -342,16 +336,16 @@ async fn a_joined_host_is_known_and_requests_are_passed_on() {
 #[tokio::test]
 async fn a_token_lets_one_host_in_and_names_are_unique() {
     let (mut left, to_left, mut right, _) = pair().await;
-    let address = left.config.listen.to_string();
+    let address = left.config.listen;
     let again = Host::new("left");
     let token = cluster::issue_token(&left.state(), Duration::from_mins(1)).unwrap();
-    let same = cluster::join(&again.state(), &again.config, &address, &token).await.unwrap_err();
+    let same = cluster::join(&again.state(), &again.config, address, &token).await.unwrap_err();
     assert!(same.to_string().contains("already"), "{same}");
     // The refusal did not use the token up.
     let third = Host::new("third");
-    cluster::join(&third.state(), &third.config, &address, &token).await.unwrap();
+    cluster::join(&third.state(), &third.config, address, &token).await.unwrap();
     let fourth = Host::new("fourth");
-    let used = cluster::join(&fourth.state(), &fourth.config, &address, &token).await.unwrap_err();
+    let used = cluster::join(&fourth.state(), &fourth.config, address, &token).await.unwrap_err();
     assert!(used.to_string().contains("not valid"), "{used}");
     let key = third.state().join("identity/key.pem");
     assert_eq!(std::fs::metadata(key).unwrap().permissions().mode() & 0o777, 0o600);
@@ -476,7 +470,7 @@ async fn a_target_process_that_fails_leaves_nothing_behind() {
 #[tokio::test]
 async fn calls_between_agents_are_not_for_users_nor_strangers() {
     let (mut left, _, mut right, to_right) = pair().await;
-    let stream = crate::client::connect_unix(to_right.socket()).await.unwrap();
+    let stream = to_right.address().connect().await.unwrap();
     let mut sender = peers::handshake(stream).await.unwrap();
     let request = hyper::Request::delete("/v1/incoming/x").header("host", "x").body("".into()).unwrap();
     let response = sender.send_request(request).await.unwrap();

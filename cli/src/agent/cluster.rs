@@ -35,7 +35,7 @@ const MAX_HOSTS: usize = 4096;
 pub fn init(state: &Path, config: &Config, lifetime: Duration) -> Result<Token, AgentError> {
     config.check()?;
     let files = IdentityFiles::of(state);
-    refuse_second_identity(state, &files)?;
+    refuse_second_identity(state)?;
     super::make_private_dir(state)?;
     files.create_dir()?;
     let (authority, ca_key) = Authority::create()?;
@@ -61,8 +61,9 @@ pub fn issue_token(state: &Path, lifetime: Duration) -> Result<Token, IdentityEr
     TokenStore::of(state).issue(&fingerprint, lifetime)
 }
 
-fn refuse_second_identity(state: &Path, files: &IdentityFiles) -> Result<(), AgentError> {
-    if files.exists() {
+/// Refuses a state directory that belongs to a host of a cluster.
+pub fn refuse_second_identity(state: &Path) -> Result<(), AgentError> {
+    if IdentityFiles::of(state).exists() {
         return Err(ApiError::conflict(format!(
             "{} holds the identity of a host already; choose another --state",
             state.display()
@@ -76,14 +77,12 @@ fn refuse_second_identity(state: &Path, files: &IdentityFiles) -> Result<(), Age
 pub async fn join(
     state: &Path,
     config: &Config,
-    address: &str,
+    address: SocketAddr,
     token: &Token,
 ) -> Result<JoinAnswer, AgentError> {
     config.check()?;
     let files = IdentityFiles::of(state);
-    refuse_second_identity(state, &files)?;
-    super::make_private_dir(state)?;
-    files.create_dir()?;
+    refuse_second_identity(state)?;
     let key = host_key()?;
     let request = JoinRequest {
         token: token.secret.clone(),
@@ -97,6 +96,8 @@ pub async fn join(
             ApiError::unreachable(format!("{address} answered with another cluster's authority")).into()
         );
     }
+    super::make_private_dir(state)?;
+    files.create_dir()?;
     let paths = files.paths();
     write_private(&paths.ca, &answer.ca_pem)?;
     write_private(&paths.cert, &answer.cert_pem)?;
@@ -109,18 +110,20 @@ pub async fn join(
     Ok(answer)
 }
 
-async fn ask_to_join(address: &str, token: &Token, request: &JoinRequest) -> Result<JoinAnswer, ApiError> {
+async fn ask_to_join(
+    address: SocketAddr,
+    token: &Token,
+    request: &JoinRequest,
+) -> Result<JoinAnswer, ApiError> {
     let unreachable = |why: String| {
         ApiError::unreachable(format!(
             "cannot reach the first host's agent at {address}: {why}; is `vmove agent` running there?"
         ))
     };
-    let socket: SocketAddr =
-        address.parse().map_err(|_| ApiError::invalid(format!("{address:?} is not IP:PORT")))?;
     let exchange = async {
         let tls = joining_client(&token.fingerprint)?;
-        let tcp = TcpStream::connect(socket).await.map_err(|e| unreachable(e.to_string()))?;
-        let name = ServerName::IpAddress(socket.ip().into());
+        let tcp = TcpStream::connect(address).await.map_err(|e| unreachable(e.to_string()))?;
+        let name = ServerName::IpAddress(address.ip().into());
         let stream = TlsConnector::from(Arc::new(tls)).connect(name, tcp).await.map_err(|e| {
             ApiError::unreachable(format!(
                 "{address} did not prove to be of the cluster the token is for: {e}"
@@ -130,7 +133,7 @@ async fn ask_to_join(address: &str, token: &Token, request: &JoinRequest) -> Res
         let body =
             serde_json::to_vec(request).map_err(|e| ApiError::internal(format!("cannot write JSON: {e}")))?;
         let request = Request::post("/v1/join")
-            .header(HOST, address)
+            .header(HOST, address.to_string())
             .header(CONTENT_TYPE, "application/json")
             .body(Body::from(body))
             .map_err(|e| ApiError::internal(e.to_string()))?;

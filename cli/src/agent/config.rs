@@ -1,4 +1,5 @@
-//! The host's configuration: `<state>/agent.toml`, written by `init` and `join`, edited by people, never rewritten by the agent.
+//! The host's configuration: `/etc/vmove/agent.toml`, or `agent.toml` in a state directory that is not the usual one. Written by `init`
+//! and `join`, edited by people; the agent changes only its list of datastores ([`super::config_file`]).
 //!
 //! What was learned from the cluster lies beside it and belongs to the agent: `hosts.toml`, `removed-hosts.toml`, and in `seen.toml` the
 //! VMs that other hosts had when they were last asked. Never enters: identity, VMs.
@@ -9,10 +10,22 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use super::config_file;
 use crate::api::removal::RemovedHosts;
 use crate::api::types::HostAddress;
 use crate::identity::files::write_private;
 use crate::identity::{IdentityError, check_host_name};
+
+/// Where the state of a host lies when nobody says otherwise.
+pub const DEFAULT_STATE: &str = "/var/lib/vmove";
+/// Where its configuration is then.
+pub const DEFAULT_CONFIG: &str = "/etc/vmove/agent.toml";
+/// And its unix socket.
+pub const DEFAULT_SOCKET: &str = "/run/vmove/agent.sock";
+/// Port of agents when nobody says otherwise.
+pub const DEFAULT_PORT: u16 = 7070;
+/// How far the clocks of two hosts may be apart, ms, when nobody says otherwise.
+pub const DEFAULT_CLOCK_SKEW_MS: u64 = 5000;
 
 /// What can be wrong with a configuration.
 #[derive(Debug, thiserror::Error)]
@@ -54,18 +67,28 @@ pub struct Config {
     pub name: String,
     /// Address that other agents reach this one at.
     pub listen: SocketAddr,
+    /// The agent's unix socket; without it `/run/vmove/agent.sock`, or `agent.sock` in a state directory that is not the usual one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub socket: Option<PathBuf>,
     /// Datastore for disks that name none; without it the first one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub default_datastore: Option<String>,
     /// CPU features this host does not offer to guests.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub cpu_mask: Vec<String>,
+    /// A VM is not taken from a host whose clock is further from this one's, ms.
+    #[serde(default = "default_clock_skew_ms")]
+    pub max_clock_skew_ms: u64,
     /// Directories for disks.
     #[serde(default)]
     pub datastores: Vec<DatastoreConfig>,
     /// Hosts known beforehand; those that joined are in `hosts.toml`.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub hosts: Vec<HostAddress>,
+}
+
+fn default_clock_skew_ms() -> u64 {
+    DEFAULT_CLOCK_SKEW_MS
 }
 
 /// A datastore in the configuration.
@@ -93,9 +116,33 @@ impl std::str::FromStr for DatastoreConfig {
 }
 
 impl Config {
+    /// That of a host without datastores, everything else at its default.
+    pub fn new(name: &str, listen: SocketAddr) -> Self {
+        Self {
+            name: name.to_owned(),
+            listen,
+            socket: None,
+            default_datastore: None,
+            cpu_mask: Vec::new(),
+            max_clock_skew_ms: DEFAULT_CLOCK_SKEW_MS,
+            datastores: Vec::new(),
+            hosts: Vec::new(),
+        }
+    }
+
     /// Where the configuration of a state directory is.
     pub fn path(state: &Path) -> PathBuf {
-        state.join("agent.toml")
+        if state == Path::new(DEFAULT_STATE) { DEFAULT_CONFIG.into() } else { state.join("agent.toml") }
+    }
+
+    /// Where the socket of an agent is whose configuration names none.
+    pub fn default_socket(state: &Path) -> PathBuf {
+        if state == Path::new(DEFAULT_STATE) { DEFAULT_SOCKET.into() } else { state.join(super::SOCKET) }
+    }
+
+    /// The agent's unix socket.
+    pub fn socket(&self, state: &Path) -> PathBuf {
+        self.socket.clone().unwrap_or_else(|| Self::default_socket(state))
     }
 
     /// Reads and checks it.
@@ -111,9 +158,11 @@ impl Config {
 
     /// Reads it from a text; `path` is for messages.
     pub fn parse(text: &str, path: &Path) -> Result<Self, ConfigError> {
-        let config: Self = toml::from_str(text)
-            .map_err(|e| ConfigError::Parse { path: path.to_path_buf(), reason: e.to_string() })?;
-        config.check()?;
+        let config: Self = toml::from_str(text).map_err(|e| ConfigError::Parse {
+            path: path.to_path_buf(),
+            reason: e.to_string().trim_end().to_owned(),
+        })?;
+        config.check().map_err(|e| ConfigError::Parse { path: path.to_path_buf(), reason: e.to_string() })?;
         Ok(config)
     }
 
@@ -127,12 +176,18 @@ impl Config {
                 self.listen
             ));
         }
+        if self.socket.as_ref().is_some_and(|socket| !socket.is_absolute() || socket.file_name().is_none()) {
+            return invalid("socket must be the absolute path of a file".to_owned());
+        }
         let mut names = std::collections::BTreeSet::new();
         for store in &self.datastores {
             vmove_storage::datastore::check_name("datastore", &store.name)
                 .map_err(|e| ConfigError::Invalid { what: e.to_string() })?;
             if !names.insert(&store.name) {
                 return invalid(format!("datastore {:?} is there twice", store.name));
+            }
+            if !store.path.is_absolute() {
+                return invalid(format!("datastore {:?}: its path must be absolute", store.name));
             }
         }
         if let Some(default) = &self.default_datastore
@@ -143,11 +198,15 @@ impl Config {
         Ok(())
     }
 
-    /// Writes it (0600, whole or not at all).
+    /// Writes it with a word on every key (0600, whole or not at all).
     pub fn save(&self, state: &Path) -> Result<(), ConfigError> {
         self.check()?;
-        let text = toml::to_string(self).map_err(|e| ConfigError::Invalid { what: e.to_string() })?;
-        Ok(write_private(&Self::path(state), &text)?)
+        let path = Self::path(state);
+        if let Some(dir) = path.parent() {
+            let io = |source| ConfigError::Io { action: "create", path: dir.to_path_buf(), source };
+            std::fs::create_dir_all(dir).map_err(io)?;
+        }
+        Ok(write_private(&path, &config_file::render(self, state)?)?)
     }
 }
 
@@ -253,12 +312,10 @@ mod tests {
     fn a_saved_configuration_reads_back() {
         let dir = tempfile::tempdir().unwrap();
         let config = Config {
-            name: "left".into(),
-            listen: "127.0.0.1:7070".parse().unwrap(),
             default_datastore: Some("fast".into()),
             cpu_mask: vec!["avx512f".into()],
             datastores: vec!["fast=/data/fast".parse().unwrap()],
-            hosts: vec![],
+            ..Config::new("left", "127.0.0.1:7070".parse().unwrap())
         };
         config.save(dir.path()).unwrap();
         assert_eq!(Config::load(dir.path()).unwrap(), config);

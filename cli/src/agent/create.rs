@@ -122,7 +122,7 @@ impl Agent {
                     tracing::warn!(%error, "cannot remove the image of a VM that was not made");
                 }
             }
-            images::remove_empty_dirs(&self.stores, &definition.name);
+            images::remove_empty_dirs(&self.stores(), &definition.name);
             if vm.path().exists()
                 && let Err(error) = self.remove_dir(vm)
             {
@@ -141,12 +141,13 @@ impl Agent {
                 )));
             }
         }
+        let stores = self.stores();
         let mut specs = Vec::new();
         let mut blockers = self.taken_macs(&request.definition)?;
         let mut needs: std::collections::BTreeMap<String, u64> = Default::default();
         for disk in &mut request.definition.disks {
             if disk.datastore.is_empty() {
-                let Some(default) = self.stores.first() else {
+                let Some(default) = stores.first() else {
                     blockers.push(format!("disk {}: host {} has no datastore", disk.name, self.config.name));
                     continue;
                 };

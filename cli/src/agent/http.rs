@@ -26,7 +26,7 @@ use super::{
 #[openapi(
     info(
         title = "vmove agent",
-        description = "The per-host agent of vmove: VMs of this host, moves between hosts and datastores. Served on the unix socket `<state>/agent.sock` and, for other agents, over TLS 1.3 with mutual certificates. Errors are JSON: `{\"error\": {\"code\", \"message\", \"blockers\"}}`.",
+        description = "The per-host agent of vmove: VMs of this host, moves between hosts and datastores. Served on a unix socket (`/run/vmove/agent.sock`) and, for other agents, over TLS 1.3 with mutual certificates. Errors are JSON: `{\"error\": {\"code\", \"message\", \"blockers\"}}`.",
         license(name = "Apache-2.0 OR MIT", identifier = "Apache-2.0 OR MIT")
     ),
     tags(
@@ -112,6 +112,8 @@ fn build(agent: Option<Arc<Agent>>) -> (OpenApiRouter<Arc<Agent>>, Option<Arc<Ag
         .routes(routes!(routes_placement::inventory))
         .routes(routes!(routes_placement::cluster_inventory))
         .routes(routes!(routes_placement::maintenance))
+        .routes(routes!(routes_host::add_datastore))
+        .routes(routes!(routes_host::remove_datastore))
         .routes(routes!(routes_vm::list, routes_vm::create))
         .merge(vms)
         .merge(moves)
@@ -177,7 +179,7 @@ impl Agent {
     /// Serves the API until [`Agent::end`]; VM processes of an earlier agent are taken over first. `ready` is told when calls are
     /// answered.
     pub async fn serve(self: Arc<Self>, ready: impl FnOnce()) -> Result<(), AgentError> {
-        let unix = listen_unix(&self.socket())?;
+        let unix = listen_unix(self.socket())?;
         let tls = match &self.tls {
             Some(tls) => Some(TlsListener::bind(self.config.listen, tls).await?),
             None => None,

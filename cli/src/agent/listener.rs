@@ -58,6 +58,9 @@ impl Connected<IncomingStream<'_, TlsListener>> for Caller {
 /// is nobody's.
 pub fn listen_unix(path: &Path) -> Result<UnixListener, AgentError> {
     let io = |action| move |source| AgentError::Io { action, path: path.to_path_buf(), source };
+    if let Some(dir) = path.parent() {
+        super::make_private_dir(dir)?;
+    }
     match std::fs::remove_file(path) {
         Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(io("remove")(e)),
         _ => {}

@@ -2,7 +2,7 @@
 //!
 //! | module | what lives there |
 //! |---|---|
-//! | [`config`], [`hostinfo`] | what the host is and has |
+//! | [`config`], [`config_file`], [`hostinfo`], `datastores` | what the host is and has |
 //! | [`http`], `routes_*`, [`listener`], [`forward`], [`console`] | the API and its sockets |
 //! | [`peers`], [`cluster`], `removal` | the other agents, becoming one of them, taking one out |
 //! | [`registry`], [`vmdir`], [`vms`], [`create`] | VMs of this host |
@@ -20,9 +20,11 @@ mod api_tests;
 pub mod checkpoints;
 pub mod cluster;
 pub mod config;
+pub mod config_file;
 pub mod console;
 pub mod control;
 pub mod create;
+mod datastores;
 pub mod error;
 mod estimate;
 pub mod forward;
@@ -69,7 +71,7 @@ mod watched;
 use std::fs::{File, OpenOptions, TryLockError};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, RwLock};
 
 use tokio::sync::watch;
 use vmove_storage::Datastore;
@@ -80,12 +82,12 @@ use self::incoming::Arrivals;
 use self::maintenance::MaintenanceFile;
 use self::peers::Peers;
 use self::registry::Registry;
-use crate::api::types::{DatastoreInfo, HostInfo, PEER_VERSION};
+use crate::api::types::{HostInfo, PEER_VERSION};
 use crate::identity::IdentityError;
 use crate::identity::files::IdentityFiles;
 use crate::identity::tls::HostTls;
 
-/// The agent's unix socket in its state directory.
+/// The agent's unix socket in a state directory that is not the usual one.
 pub const SOCKET: &str = "agent.sock";
 
 /// Why an agent cannot begin.
@@ -147,7 +149,10 @@ pub enum AgentError {
 pub struct Agent {
     state: PathBuf,
     config: Config,
-    stores: Vec<Datastore>,
+    /// Where its configuration is, and what is changed of it while the agent runs.
+    config_path: PathBuf,
+    socket: PathBuf,
+    stores: RwLock<Arc<Vec<Datastore>>>,
     identity: IdentityFiles,
     tls: Option<HostTls>,
     peers: Arc<Peers>,
@@ -170,25 +175,11 @@ impl Agent {
     pub fn open(state: &Path, config: Config, program: PathBuf) -> Result<Arc<Self>, AgentError> {
         config.check()?;
         make_private_dir(state)?;
+        let (config_path, socket) = (Config::path(state), config.socket(state));
         let io = |action| move |source| AgentError::Io { action, path: state.to_path_buf(), source };
         let state = std::fs::canonicalize(state).map_err(io("open"))?;
         let lock = lock_state(&state)?;
-        let mut stores: Vec<Datastore> = Vec::new();
-        for entry in &config.datastores {
-            let store = Datastore::open(&entry.name, &entry.path)
-                .map_err(|source| AgentError::Datastore { name: entry.name.clone(), source })?;
-            if let Some(first) = stores.iter().find(|other| other.id() == store.id()) {
-                return Err(AgentError::SameDatastore {
-                    first: first.name().to_owned(),
-                    second: entry.name.clone(),
-                });
-            }
-            stores.push(store);
-        }
-        if let Some(default) = &config.default_datastore {
-            // The default one comes first everywhere.
-            stores.sort_by_key(|store| store.name() != default);
-        }
+        let stores = datastores::open(&config)?;
         let identity = IdentityFiles::of(&state);
         let tls = if identity.exists() { Some(HostTls::load(&identity)?) } else { None };
         let peers = Arc::new(Peers::open(&config.name, tls.clone(), &config.hosts, HostsStore::of(&state))?);
@@ -196,7 +187,9 @@ impl Agent {
         let maintenance = MaintenanceFile::open(&state)?;
         Ok(Arc::new(Self {
             state,
-            stores,
+            config_path,
+            socket,
+            stores: RwLock::new(Arc::new(stores)),
             identity,
             tls,
             peers,
@@ -218,19 +211,8 @@ impl Agent {
     }
 
     /// The unix socket it listens on.
-    pub fn socket(&self) -> PathBuf {
-        self.state.join(SOCKET)
-    }
-
-    /// The datastore of a name.
-    pub fn store(&self, name: &str) -> Result<&Datastore, ApiError> {
-        self.stores.iter().find(|store| store.name() == name).ok_or_else(|| {
-            ApiError::invalid(format!(
-                "host {} has no datastore {name:?} (it has: {})",
-                self.config.name,
-                plan::list(self.stores.iter().map(Datastore::name))
-            ))
-        })
+    pub fn socket(&self) -> &Path {
+        &self.socket
     }
 
     /// What the host is and has.
@@ -248,22 +230,6 @@ impl Agent {
             datastores: self.datastore_infos()?,
             maintenance: self.maintenance.get().on,
         })
-    }
-
-    /// Its datastores, the default one first.
-    pub fn datastore_infos(&self) -> Result<Vec<DatastoreInfo>, ApiError> {
-        let mut infos = Vec::with_capacity(self.stores.len());
-        for (index, store) in self.stores.iter().enumerate() {
-            infos.push(DatastoreInfo {
-                name: store.name().to_owned(),
-                id: store.id().to_string(),
-                path: store.path().to_path_buf(),
-                total_bytes: store.total_bytes()?,
-                free_bytes: store.free_bytes()?,
-                default: index == 0,
-            });
-        }
-        Ok(infos)
     }
 
     /// Ends long waits; VM processes go on.

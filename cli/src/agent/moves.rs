@@ -138,7 +138,7 @@ impl Agent {
         if let Err(error) = begun {
             match &target {
                 Some(host) => self.discard_at(host, &draft.move_id).await,
-                None => images::remove_empty_dirs(&self.stores, name),
+                None => images::remove_empty_dirs(&self.stores(), name),
             }
             return Err(error);
         }
@@ -345,7 +345,7 @@ impl Agent {
             (Some(host), Ok(false)) => self.discard_at(&host, move_id).await,
             (Some(_), _) => {}
             (None, _) => {
-                images::remove_empty_dirs(&self.stores, name);
+                images::remove_empty_dirs(&self.stores(), name);
                 // Keeps the datastores as they are now.
                 if let Err(error) = self.view(name).await {
                     tracing::warn!(vm = name, %error, "cannot note the VM's datastores");

@@ -243,7 +243,7 @@ impl Agent {
                     images::remove(&disk.path)?;
                 }
             }
-            images::remove_empty_dirs(&agent.stores, &owner);
+            images::remove_empty_dirs(&agent.stores(), &owner);
             agent.archive_moves(&vm)?;
             agent.remove_dir(&vm)
         })

@@ -1,6 +1,7 @@
 //! Calls about hosts, and the API's own document. Each hands over to the agent at once.
 
-use axum::extract::{Query, State};
+use axum::extract::{Path, Query, State};
+use axum::http::StatusCode;
 use axum::http::header::CONTENT_TYPE;
 use axum::response::{IntoResponse, Response};
 use serde::Deserialize;
@@ -8,7 +9,8 @@ use utoipa::IntoParams;
 
 use super::error::{ApiError, blocking};
 use super::http::{Json, Shared, openapi};
-use crate::api::types::{ErrorBody, HostInfo, JoinAnswer, JoinRequest, KnownHost};
+use crate::api::datastores::AddDatastore;
+use crate::api::types::{DatastoreInfo, ErrorBody, HostInfo, JoinAnswer, JoinRequest, KnownHost};
 
 /// Options of a list of hosts.
 #[derive(Debug, Deserialize, IntoParams)]
@@ -55,4 +57,26 @@ pub async fn join(
     Json(request): Json<JoinRequest>,
 ) -> Result<axum::Json<JoinAnswer>, ApiError> {
     agent.admit(request).await.map(axum::Json)
+}
+
+/// Make a directory of this host one of its datastores, now and for every later start of the agent.
+#[utoipa::path(post, path = "/v1/datastores", tag = "host", request_body = AddDatastore,
+    responses((status = 201, body = DatastoreInfo), (status = "default", description = "Why not", body = ErrorBody)))]
+pub async fn add_datastore(
+    State(agent): Shared,
+    Json(add): Json<AddDatastore>,
+) -> Result<(StatusCode, axum::Json<DatastoreInfo>), ApiError> {
+    let info = blocking(move || agent.add_datastore(&add)).await?;
+    Ok((StatusCode::CREATED, axum::Json(info)))
+}
+
+/// Forget a datastore that no VM uses; what lies in its directory stays.
+#[utoipa::path(delete, path = "/v1/datastores/{name}", tag = "host",
+    params(("name" = String, Path, description = "The datastore's name")),
+    responses((status = 204), (status = "default", description = "Why not", body = ErrorBody)))]
+pub async fn remove_datastore(
+    State(agent): Shared,
+    Path(name): Path<String>,
+) -> Result<StatusCode, ApiError> {
+    blocking(move || agent.remove_datastore(&name)).await.map(|()| StatusCode::NO_CONTENT)
 }

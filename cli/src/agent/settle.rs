@@ -176,7 +176,7 @@ impl Agent {
             if let Standing::Owner { disks, .. } = journal.standing() {
                 retire_left(&name, &vm, journal.standing())?;
                 agent.remove_unfinished(&name, &placements(disks))?;
-                images::remove_empty_dirs(&agent.stores, &name);
+                images::remove_empty_dirs(&agent.stores(), &name);
             }
             Ok(())
         })
@@ -204,8 +204,8 @@ impl Agent {
     }
 
     /// Removes images of a VM that a broken-off move left unfinished in this host's datastores.
-    fn remove_unfinished(&self, name: &str, keep: &[DiskPlacement]) -> Result<(), ApiError> {
-        for store in &self.stores {
+    pub(super) fn remove_unfinished(&self, name: &str, keep: &[DiskPlacement]) -> Result<(), ApiError> {
+        for store in self.stores().iter() {
             for (_, _, path) in store.list_images(name)? {
                 let unfinished = Stamp::read(&path)?
                     .is_some_and(|stamp| stamp.vm == name && stamp.state == OwnerState::Incoming);
@@ -222,7 +222,7 @@ impl Agent {
         let (agent, owner, dir) = (self.clone(), name.to_owned(), vm.clone());
         blocking(move || {
             agent.discard_images(&owner, &dir)?;
-            images::remove_empty_dirs(&agent.stores, &owner);
+            images::remove_empty_dirs(&agent.stores(), &owner);
             agent.archive_moves(&dir)?;
             agent.remove_dir(&dir)
         })

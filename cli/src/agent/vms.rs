@@ -424,7 +424,7 @@ impl Agent {
                     images::remove(&disk.path)?;
                 }
             }
-            images::remove_empty_dirs(&agent.stores, &owner);
+            images::remove_empty_dirs(&agent.stores(), &owner);
             agent.remove_dir(&vm)
         })
         .await?;

@@ -3,6 +3,7 @@
 //! Lives here: request and response types, connections to unix sockets of any path length. Never enters: routes, policy.
 
 pub mod checkpoint;
+pub mod datastores;
 pub mod estimate;
 pub mod placement;
 pub mod recovery;

@@ -1,41 +1,44 @@
-//! Which agent a command talks to when none is named.
+//! Which agent a command talks to.
+//!
+//! In this order: the one named (`--agent`), the context named (`--context`), the context chosen (`vmove context use`), this machine's:
+//! that of `$VMOVE_STATE`, else the usual one, at the socket its configuration names.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
+use super::contexts::{Contexts, LOCAL};
 use super::{Client, ClientError};
+use crate::agent::config::{Config, DEFAULT_STATE};
 
-/// Sockets that are looked for after `$VMOVE_STATE/agent.sock`, in order.
-pub const DEFAULT_SOCKETS: [&str; 2] = ["/run/vmove/agent.sock", "/var/lib/vmove/agent.sock"];
-
-/// The agent at `address` (a path or `unix://PATH`; a directory means `agent.sock` in it), else the nearest one.
-pub fn discover(address: Option<&str>) -> Result<Client, ClientError> {
-    match address {
-        Some(address) => named(address),
-        None => nearest(candidates(std::env::var_os("VMOVE_STATE").map(PathBuf::from))),
+/// The agent at `address` or of the context `context`, else the chosen one, else the nearest.
+pub fn discover(address: Option<&str>, context: Option<&str>) -> Result<Client, ClientError> {
+    if let Some(address) = address {
+        return Ok(Client::at(address.parse()?));
+    }
+    let contexts = Contexts::load()?;
+    match context.or(contexts.current()) {
+        None | Some(LOCAL) => local().map(Client::unix),
+        Some(name) => Ok(Client::at(contexts.address(name)?)),
     }
 }
 
-fn named(address: &str) -> Result<Client, ClientError> {
-    let path = match address.split_once("://") {
-        None => PathBuf::from(address),
-        Some(("unix", path)) => PathBuf::from(path),
-        Some(_) => return Err(ClientError::BadAddress(address.to_owned())),
-    };
-    Ok(Client::unix(if path.is_dir() { path.join("agent.sock") } else { path }))
+/// The socket of this machine's agent.
+pub fn local() -> Result<PathBuf, ClientError> {
+    nearest(&candidates(std::env::var_os("VMOVE_STATE").map(PathBuf::from)))
 }
 
 fn candidates(state: Option<PathBuf>) -> Vec<PathBuf> {
-    let own = state.map(|dir| dir.join("agent.sock"));
-    own.into_iter().chain(DEFAULT_SOCKETS.iter().map(PathBuf::from)).collect()
+    let socket = |state: &Path| match Config::load(state) {
+        Ok(config) => config.socket(state),
+        // Not there, or not for this user's eyes.
+        Err(_) => Config::default_socket(state),
+    };
+    state.iter().map(PathBuf::as_path).chain([Path::new(DEFAULT_STATE)]).map(socket).collect()
 }
 
-fn nearest(candidates: Vec<PathBuf>) -> Result<Client, ClientError> {
-    match candidates.iter().find(|path| path.exists()) {
-        Some(path) => Ok(Client::unix(path.clone())),
-        None => Err(ClientError::NoAgent {
-            tried: candidates.iter().map(|path| path.display().to_string()).collect(),
-        }),
-    }
+fn nearest(candidates: &[PathBuf]) -> Result<PathBuf, ClientError> {
+    candidates.iter().find(|path| path.exists()).cloned().ok_or_else(|| ClientError::NoAgent {
+        tried: candidates.iter().map(|path| path.display().to_string()).collect(),
+    })
 }
 
 #[cfg(test)]
@@ -43,22 +46,17 @@ mod tests {
     use super::*;
 
     #[test]
-    fn named_addresses() -> Result<(), ClientError> {
-        assert_eq!(named("/x/agent.sock")?.socket(), PathBuf::from("/x/agent.sock"));
-        assert_eq!(named("unix:///x/agent.sock")?.socket(), PathBuf::from("/x/agent.sock"));
-        assert!(matches!(named("https://host:1"), Err(ClientError::BadAddress(_))));
-        Ok(())
-    }
-
-    #[test]
-    fn the_state_directory_comes_first_and_absence_is_told() -> std::io::Result<()> {
-        let dir = tempfile::tempdir()?;
+    fn the_state_directory_comes_first_and_absence_is_told() {
+        let dir = tempfile::tempdir().unwrap();
         let found = candidates(Some(dir.path().to_owned()));
-        assert_eq!(found.len(), 3);
-        let none = nearest(vec![found[0].clone()]);
-        assert!(none.is_err_and(|e| e.to_string().contains("agent.sock")));
-        std::fs::write(&found[0], "")?;
-        assert!(nearest(vec![found[0].clone()]).is_ok_and(|client| client.socket() == found[0]));
-        Ok(())
+        assert_eq!(found[0], dir.path().join("agent.sock"));
+        assert_eq!(found.len(), 2);
+        assert!(nearest(&found[..1]).unwrap_err().to_string().contains("agent.sock"));
+        std::fs::write(&found[0], "").unwrap();
+        assert_eq!(nearest(&found).unwrap(), found[0]);
+        let config =
+            Config { socket: Some("/x/y.sock".into()), ..Config::new("a", "127.0.0.1:1".parse().unwrap()) };
+        config.save(dir.path()).unwrap();
+        assert_eq!(candidates(Some(dir.path().to_owned()))[0], Path::new("/x/y.sock"));
     }
 }

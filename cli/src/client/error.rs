@@ -2,25 +2,42 @@
 
 use std::path::PathBuf;
 
+use super::Address;
 use crate::api::types::ErrorDetail;
 
 /// A request that did not succeed.
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
     /// No socket named and none found.
-    #[error("no agent found (looked for {}); start one with 'vmove agent' or name its socket with --agent", tried.join(", "))]
+    #[error("no agent found (looked for {}); start one ('systemctl start vmove' or 'vmove agent'), or name one with --agent or 'vmove context'", tried.join(", "))]
     NoAgent {
         /// Paths that were looked at.
         tried: Vec<String>,
     },
-    /// The `--agent` word is not a socket.
-    #[error("--agent {0}: only unix sockets are supported here: a path, or unix://PATH")]
+    /// What is named is no agent's address.
+    #[error("{0:?} is no agent's address: a path, unix://PATH, or ssh://[USER@]HOST[:PORT]")]
     BadAddress(String),
-    /// The socket is there or named, but nobody listens.
-    #[error("cannot reach the agent at {}: {source}; is 'vmove agent' running?", path.display())]
-    Connect {
-        /// The socket.
+    /// No context has that name.
+    #[error("there is no context {name:?} (there is: {known}); see 'vmove context ls'")]
+    NoContext {
+        /// The name.
+        name: String,
+        /// Those that are there.
+        known: String,
+    },
+    /// The file with the contexts.
+    #[error("{}: {reason}", path.display())]
+    Contexts {
+        /// The file.
         path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// The socket is there or named, but nobody listens.
+    #[error("cannot reach the agent at {address}: {source}; is 'vmove agent' running there?")]
+    Connect {
+        /// Where.
+        address: Address,
         /// Why.
         source: std::io::Error,
     },

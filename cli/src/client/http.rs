@@ -1,7 +1,7 @@
 //! The requests: one connection each, JSON in and out, one method per call of the API.
 
 use std::fmt::Write as _;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::body::{Bytes, Incoming};
@@ -11,15 +11,16 @@ use hyper_util::rt::TokioIo;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use super::{ClientError, connect_unix};
+use super::{Address, ClientError};
 use crate::api::checkpoint::{CheckpointBegun, CheckpointList, RestoreCheckpoint, TakeCheckpoint};
+use crate::api::datastores::AddDatastore;
 use crate::api::estimate::{Estimate, EstimateRequest};
 use crate::api::placement::{ClusterInventory, Maintenance, MaintenanceRequest};
 use crate::api::recovery::{HostStanding, RecoveryReport};
 use crate::api::removal::HostRemoval;
 use crate::api::types::{
-    CONSOLE_PROTOCOL, CreateVm, ErrorBody, ErrorDetail, HostInfo, KnownHost, MoveAnswer, MoveProgress,
-    MoveRequest, VmDetail, VmList, VmSummary,
+    CONSOLE_PROTOCOL, CreateVm, DatastoreInfo, ErrorBody, ErrorDetail, HostInfo, KnownHost, MoveAnswer,
+    MoveProgress, MoveRequest, VmDetail, VmList, VmSummary,
 };
 use crate::api::watch::MoveList;
 
@@ -32,18 +33,23 @@ pub type ConsoleStream = TokioIo<hyper::upgrade::Upgraded>;
 /// A client of one agent. Cheap to clone; makes a connection for each request.
 #[derive(Debug, Clone)]
 pub struct Client {
-    socket: PathBuf,
+    address: Address,
 }
 
 impl Client {
     /// A client of the agent that listens on this unix socket. Connects at the first request.
     pub fn unix(socket: impl Into<PathBuf>) -> Self {
-        Self { socket: socket.into() }
+        Self { address: Address::Unix(socket.into()) }
     }
 
-    /// The agent's socket.
-    pub fn socket(&self) -> &Path {
-        &self.socket
+    /// A client of the agent at this address. Connects at the first request.
+    pub fn at(address: Address) -> Self {
+        Self { address }
+    }
+
+    /// Where the agent is.
+    pub fn address(&self) -> &Address {
+        &self.address
     }
 
     /// The agent's own host.
@@ -78,6 +84,16 @@ impl Client {
         request: MaintenanceRequest,
     ) -> Result<Maintenance, ClientError> {
         self.call(Method::PUT, &format!("/v1/hosts/{}/maintenance", segment(host)), Some(&request)).await
+    }
+
+    /// Makes a directory of the agent's host one of its datastores.
+    pub async fn add_datastore(&self, add: &AddDatastore) -> Result<DatastoreInfo, ClientError> {
+        self.call(Method::POST, "/v1/datastores", Some(add)).await
+    }
+
+    /// Has the agent's host forget a datastore.
+    pub async fn remove_datastore(&self, name: &str) -> Result<(), ClientError> {
+        self.command(Method::DELETE, &format!("/v1/datastores/{}", segment(name))).await
     }
 
     /// VMs of this host, or of all hosts.
@@ -250,9 +266,11 @@ impl Client {
         request: Request<Full<Bytes>>,
         what: &str,
     ) -> Result<Response<Incoming>, ClientError> {
-        let stream = connect_unix(&self.socket)
+        let stream = self
+            .address
+            .connect()
             .await
-            .map_err(|source| ClientError::Connect { path: self.socket.clone(), source })?;
+            .map_err(|source| ClientError::Connect { address: self.address.clone(), source })?;
         let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream))
             .await
             .map_err(|error| transport(what, &error))?;

@@ -3,24 +3,21 @@
 //! Lives here: its options and its beginning and end. Never enters: what it does.
 
 use std::net::SocketAddr;
-use std::path::PathBuf;
 
 use clap::Args;
 use tokio::signal::unix::{SignalKind, signal};
 
 use super::CommandError;
+use super::host_args::StateArgs;
 use crate::agent::config::{Config, ConfigError, DatastoreConfig};
 use crate::agent::{Agent, http, process};
-
-/// Where the state of a host lies when nobody says otherwise.
-pub const DEFAULT_STATE: &str = "/var/lib/vmove";
 
 /// Options of `vmove agent`.
 #[derive(Debug, Args)]
 pub struct AgentArgs {
-    /// Directory of this host's state
-    #[arg(long, value_name = "DIR", env = "VMOVE_STATE", default_value = DEFAULT_STATE)]
-    pub state: PathBuf,
+    /// Where the host's state is.
+    #[command(flatten)]
+    pub state: StateArgs,
     /// Name of this host [default: as in agent.toml]
     #[arg(long)]
     pub name: Option<String>,
@@ -44,7 +41,7 @@ impl AgentArgs {
         }
         let config = self.config()?;
         let program = process::own_program().map_err(CommandError::failed)?;
-        let agent = Agent::open(&self.state, config, program).map_err(CommandError::failed)?;
+        let agent = Agent::open(&self.state.state, config, program).map_err(CommandError::failed)?;
         let mut terminate = signal(SignalKind::terminate())?;
         let mut interrupt = signal(SignalKind::interrupt())?;
         let ending = agent.clone();
@@ -56,7 +53,7 @@ impl AgentArgs {
             tracing::info!("agent ends; VMs go on");
             ending.end();
         });
-        let socket = agent.socket();
+        let socket = agent.socket().to_path_buf();
         agent
             .serve(|| tracing::info!(socket = %socket.display(), "agent is ready"))
             .await
@@ -66,7 +63,7 @@ impl AgentArgs {
     /// `agent.toml` with what the command line says in its place; without the file, the command line alone.
     fn config(&self) -> Result<Config, CommandError> {
         let missing = |e: &ConfigError| matches!(e, ConfigError::Io { source, .. } if source.kind() == std::io::ErrorKind::NotFound);
-        match Config::load(&self.state) {
+        match Config::load(&self.state.state) {
             Ok(mut config) => {
                 if let Some(name) = &self.name {
                     config.name.clone_from(name);
@@ -81,14 +78,9 @@ impl AgentArgs {
                 Ok(config)
             }
             Err(error) if missing(&error) => match (&self.name, self.listen) {
-                (Some(name), Some(listen)) => Ok(Config {
-                    name: name.clone(),
-                    listen,
-                    default_datastore: None,
-                    cpu_mask: Vec::new(),
-                    datastores: self.datastores.clone(),
-                    hosts: Vec::new(),
-                }),
+                (Some(name), Some(listen)) => {
+                    Ok(Config { datastores: self.datastores.clone(), ..Config::new(name, listen) })
+                }
                 _ => Err(CommandError::Usage(format!(
                     "{error}; run `vmove init` or `vmove join` first, or give --name and --listen"
                 ))),

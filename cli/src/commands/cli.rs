@@ -10,6 +10,7 @@ use super::agent::AgentArgs;
 use super::balance::BalanceArgs;
 use super::checkpoint::{CheckpointArgs, CheckpointsArgs, RestoreArgs};
 use super::console::ConsoleArgs;
+use super::context::ContextCommand;
 use super::create::CreateArgs;
 use super::estimate::EstimateArgs;
 use super::evacuate::EvacuateArgs;
@@ -39,10 +40,13 @@ Exit codes: 0 done; 1 refused or failed, the VM still runs where it was; 2 usage
 #[command(name = "vmove", version, override_usage = USAGE, after_help = AFTER, disable_help_subcommand = true)]
 #[command(arg_required_else_help = true)]
 pub struct Cli {
-    /// The agent's unix socket (or the directory it is in) [default: $VMOVE_STATE/agent.sock, /run/vmove/agent.sock,
-    /// /var/lib/vmove/agent.sock]
-    #[arg(long, global = true, value_name = "SOCKET", env = "VMOVE_AGENT", hide_env_values = true)]
+    /// The agent to talk to: its unix socket (or the directory it is in), or ssh://[USER@]HOST[:PORT] [default: that of the
+    /// context, else this machine's]
+    #[arg(long, global = true, value_name = "ADDRESS", env = "VMOVE_AGENT", hide_env_values = true)]
     pub agent: Option<String>,
+    /// The cluster to talk to, as named with 'vmove context' [default: the one chosen with 'vmove context use']
+    #[arg(long, global = true, value_name = "NAME", env = "VMOVE_CONTEXT", hide_env_values = true)]
+    pub context: Option<String>,
     /// What to do.
     #[command(subcommand)]
     pub command: Command,
@@ -105,6 +109,9 @@ pub enum Command {
     /// Datastores
     #[command(subcommand)]
     Datastore(DatastoreCommand),
+    /// Names for clusters, and which one commands talk to
+    #[command(subcommand)]
+    Context(ContextCommand),
     /// Look at disk images
     #[command(subcommand)]
     Image(ImageCommand),
@@ -115,6 +122,9 @@ pub enum Command {
     /// The process of one VM (started by the agent)
     #[command(hide = true)]
     VmProcess(VmProcessArgs),
+    /// Passes standard input and output to this machine's agent (started through ssh by a context)
+    #[command(hide = true)]
+    Dial,
 }
 
 /// Parses the program's words. A first word that is no command is the name of a VM to move.
@@ -132,8 +142,8 @@ fn with_default_command(mut words: Vec<OsString>) -> Vec<OsString> {
     let mut at = 1;
     while let Some(word) = words.get(at).and_then(|word| word.to_str()) {
         match word {
-            "--agent" => at += 2,
-            _ if word.starts_with("--agent=") => at += 1,
+            "--agent" | "--context" => at += 2,
+            _ if word.starts_with("--agent=") || word.starts_with("--context=") => at += 1,
             "-h" | "--help" | "-V" | "--version" => return words,
             _ if is_reserved(word) => return words,
             _ => break,
@@ -165,6 +175,7 @@ mod tests {
             "vmove --host b web1",
             "vmove --agent /x web1 --host b",
             "vmove --agent=/x web1 --host=b",
+            "vmove --context prod --agent=/x web1 --host=b",
             "vmove web1 --host b --agent /x",
             "vmove move web1 --host b",
         ] {

@@ -1,11 +1,14 @@
-//! `vmove host ls|rm|maintenance` and `vmove datastore ls`.
+//! `vmove host ls|rm|maintenance` and `vmove datastore ls|add|rm`.
 
 use std::fmt::Write as _;
+use std::path::PathBuf;
 
 use super::CommandError;
 use super::confirm::confirm;
 use super::maintenance::MaintenanceCommand;
+use crate::api::datastores::AddDatastore;
 use crate::api::removal::HostRemoval;
+use crate::api::types::HostInfo;
 use crate::client::Client;
 use crate::render::table::{Align, Table};
 use crate::render::{self, units};
@@ -27,6 +30,32 @@ pub enum HostCommand {
 pub enum DatastoreCommand {
     /// List the datastores of all hosts
     Ls(JsonArgs),
+    /// Make a directory of the agent's host one of its datastores
+    Add(AddArgs),
+    /// Forget a datastore of the agent's host that no VM uses; what lies in its directory stays
+    Rm(RmArgs),
+}
+
+/// Arguments of `vmove datastore add`.
+#[derive(Debug, Clone, PartialEq, Eq, clap::Args)]
+pub struct AddArgs {
+    /// Its name: letters, digits, '.', '_', '-'. A VM that changes host looks for the datastore of the same name there
+    #[arg(value_name = "NAME")]
+    pub name: String,
+    /// The directory, on the agent's host; it must be there (mounted, if it is a disk of its own)
+    #[arg(value_name = "DIR")]
+    pub path: PathBuf,
+    /// Disks that name no datastore go there from now on
+    #[arg(long)]
+    pub default: bool,
+}
+
+/// Arguments of `vmove datastore rm`.
+#[derive(Debug, Clone, PartialEq, Eq, clap::Args)]
+pub struct RmArgs {
+    /// The datastore
+    #[arg(value_name = "NAME")]
+    pub name: String,
 }
 
 /// Arguments of a list.
@@ -118,6 +147,8 @@ impl HostCommand {
             ("CPUS", Align::Right),
             ("MEMORY", Align::Right),
             ("FREE", Align::Right),
+            ("DISK", Align::Right),
+            ("FREE", Align::Right),
             ("VERSION", Align::Left),
             ("STATE", Align::Left),
         ]);
@@ -129,15 +160,15 @@ impl HostCommand {
             };
             let maintained = host.info.as_ref().is_some_and(|info| info.maintenance);
             let state = if maintained { state + ", in maintenance" } else { state };
-            let info = |get: &dyn Fn(&crate::api::types::HostInfo) -> String| {
-                host.info.as_ref().map(get).unwrap_or_default()
-            };
+            let info = |get: &dyn Fn(&HostInfo) -> String| host.info.as_ref().map(get).unwrap_or_default();
             table.row([
                 host.name.clone(),
                 host.address.clone(),
                 info(&|i| i.cpus.to_string()),
                 info(&|i| units::size(i.memory_bytes)),
                 info(&|i| units::size(i.memory_free_bytes)),
+                info(&|i| units::size(i.datastores.iter().map(|store| store.total_bytes).sum())),
+                info(&|i| units::size(i.datastores.iter().map(|store| store.free_bytes).sum())),
                 info(&|i| i.version.clone()),
                 state,
             ]);
@@ -148,9 +179,23 @@ impl HostCommand {
 }
 
 impl DatastoreCommand {
-    /// Prints the datastores of the hosts that answer; two lines with one id are one datastore, shared.
+    /// Runs the command.
     pub async fn run(&self, client: &Client) -> Result<(), CommandError> {
-        let Self::Ls(args) = self;
+        match self {
+            Self::Ls(args) => Self::list(client, args).await,
+            Self::Add(args) => {
+                let path = std::path::absolute(&args.path)?;
+                let add = AddDatastore { name: args.name.clone(), path, default: args.default };
+                let added = client.add_datastore(&add).await?;
+                let free = units::size(added.free_bytes);
+                Ok(render::print(&format!("datastore {} added, {free} free\n", added.name))?)
+            }
+            Self::Rm(args) => Ok(client.remove_datastore(&args.name).await?),
+        }
+    }
+
+    /// Prints the datastores of the hosts that answer; two lines with one id are one datastore, shared.
+    async fn list(client: &Client, args: &JsonArgs) -> Result<(), CommandError> {
         let hosts = client.hosts().await?;
         if args.json {
             let all: Vec<_> = hosts

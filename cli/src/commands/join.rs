@@ -6,7 +6,7 @@ use clap::Args;
 use serde_json::json;
 
 use super::CommandError;
-use super::init::HostArgs;
+use super::host_args::HostArgs;
 use crate::agent::cluster;
 use crate::identity::token::Token;
 
@@ -31,17 +31,22 @@ impl JoinArgs {
     /// Gets a certificate for this host and learns of the others.
     pub async fn run(self) -> Result<(), CommandError> {
         let token = Token::parse(&self.token).map_err(|e| CommandError::Usage(e.to_string()))?;
-        let config = self.host.config()?;
-        let answer = cluster::join(&self.host.state, &config, &self.address, &token)
+        let first = self
+            .address
+            .parse()
+            .map_err(|_| CommandError::Usage(format!("{:?} is not IP:PORT", self.address)))?;
+        let (config, made) = self.host.config(Some(first))?;
+        let answer = cluster::join(&self.host.state.state, &config, first, &token)
             .await
             .map_err(CommandError::failed)?;
+        made.keep();
         if self.json {
             println!("{}", json!({"name": config.name, "hosts": answer.hosts}));
             return Ok(());
         }
         let hosts: Vec<&str> = answer.hosts.iter().map(|host| host.name.as_str()).collect();
         println!("Host {} is one of the cluster (with {}). Start its agent:", config.name, hosts.join(", "));
-        println!("  vmove agent --state {}", self.host.state.display());
+        println!("  {}", self.host.state.start_agent());
         Ok(())
     }
 }

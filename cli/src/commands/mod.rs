@@ -9,10 +9,12 @@ mod checkpoint;
 mod cli;
 mod confirm;
 mod console;
+mod context;
 mod create;
 mod error;
 mod estimate;
 mod evacuate;
+mod host_args;
 mod hosts;
 mod image;
 mod init;
@@ -55,11 +57,13 @@ pub fn main(words: impl IntoIterator<Item = OsString>) -> ExitCode {
 fn run(cli: Cli) -> Result<(), CommandError> {
     let daemon = matches!(cli.command, Command::Agent(_) | Command::VmProcess(_));
     logging(if daemon { "info" } else { "warn" });
-    let agent = cli.agent;
+    let (agent, context) = (cli.agent, cli.context);
     match cli.command {
         Command::Image(image) => image.run(),
         Command::VmProcess(args) => args.run(),
         Command::Agent(args) => blocking(args.run()),
+        Command::Context(args) => args.run(),
+        Command::Dial => blocking(context::dial()),
         Command::Init(args) => args.run(),
         Command::Token(args) => args.run(),
         Command::Join(args) => blocking(args.run()),
@@ -67,7 +71,9 @@ fn run(cli: Cli) -> Result<(), CommandError> {
         Command::Bench(args) => blocking(async move { args.run().await }),
         // A mistyped command is taken for a VM: say so before looking for an agent.
         Command::Move(ref args) if args.goes_nowhere() => Err(args.where_to()),
-        command => blocking(async move { with_agent(command, &client::discover(agent.as_deref())?).await }),
+        command => blocking(async move {
+            with_agent(command, &client::discover(agent.as_deref(), context.as_deref())?).await
+        }),
     }
 }
 
@@ -94,6 +100,8 @@ async fn with_agent(command: Command, client: &Client) -> Result<(), CommandErro
         Command::Host(command) => command.run(client).await,
         Command::Datastore(command) => command.run(client).await,
         Command::Image(_)
+        | Command::Context(_)
+        | Command::Dial
         | Command::Demo(_)
         | Command::Bench(_)
         | Command::VmProcess(_)
