@@ -11,6 +11,7 @@
 //! | [`faults`] | disks that fail on demand |
 //! | [`relay`] | standing between the two sides of a move: cutting, holding, damaging its connections |
 //! | [`runners`] | the watch for two runners of one VM |
+//! | [`machine`] | machines as a newcomer has them, with a shell to type into |
 //! | [`netns`] | hosts with networks of their own, joined by a switch |
 //! | [`processes`] | processes of a test, by their command lines |
 //! | [`peer`] | TLS connections of friends and strangers to an agent |
@@ -35,6 +36,7 @@ pub mod guest;
 pub mod images;
 pub mod kvm;
 pub mod linux;
+pub mod machine;
 pub mod model;
 pub mod netns;
 pub mod peer;

@@ -55,7 +55,11 @@ impl AgentArgs {
         });
         let socket = agent.socket().to_path_buf();
         agent
-            .serve(|| tracing::info!(socket = %socket.display(), "agent is ready"))
+            .serve(|| {
+                tracing::info!(socket = %socket.display(), "agent is ready");
+                // Without systemd there is nobody to tell.
+                let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
+            })
             .await
             .map_err(CommandError::failed)
     }

@@ -14,6 +14,7 @@ use super::context::ContextCommand;
 use super::create::CreateArgs;
 use super::estimate::EstimateArgs;
 use super::evacuate::EvacuateArgs;
+use super::generate::GenerateArgs;
 use super::hosts::{DatastoreCommand, HostCommand};
 use super::image::ImageCommand;
 use super::init::{InitArgs, TokenArgs};
@@ -122,6 +123,9 @@ pub enum Command {
     /// The process of one VM (started by the agent)
     #[command(hide = true)]
     VmProcess(VmProcessArgs),
+    /// Write man pages and shell completions
+    #[command(hide = true)]
+    Generate(GenerateArgs),
     /// Passes standard input and output to this machine's agent (started through ssh by a context)
     #[command(hide = true)]
     Dial,

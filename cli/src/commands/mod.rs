@@ -14,6 +14,7 @@ mod create;
 mod error;
 mod estimate;
 mod evacuate;
+mod generate;
 mod host_args;
 mod hosts;
 mod image;
@@ -63,6 +64,7 @@ fn run(cli: Cli) -> Result<(), CommandError> {
         Command::VmProcess(args) => args.run(),
         Command::Agent(args) => blocking(args.run()),
         Command::Context(args) => args.run(),
+        Command::Generate(args) => args.run(),
         Command::Dial => blocking(context::dial()),
         Command::Init(args) => args.run(),
         Command::Token(args) => args.run(),
@@ -102,6 +104,7 @@ async fn with_agent(command: Command, client: &Client) -> Result<(), CommandErro
         Command::Image(_)
         | Command::Context(_)
         | Command::Dial
+        | Command::Generate(_)
         | Command::Demo(_)
         | Command::Bench(_)
         | Command::VmProcess(_)
