@@ -115,6 +115,64 @@ fn a_cpu_feature_that_the_target_lacks() {
 }
 
 #[test]
+fn everything_that_stands_in_the_way_is_said_at_once() {
+    if !kvm::usable("everything_that_stands_in_the_way_is_said_at_once") {
+        return;
+    }
+    let mut cluster = Cluster::prepare(PROGRAM, &["a", "b"], &[]);
+    cluster.join(0);
+    let small = cluster.hosts[1].datastore("fast");
+    cluster.hosts[1].before_agent = Some(format!("mount -t tmpfs -o size=8m none '{}'", small.display()));
+    cluster.join(1);
+    cluster.kill_agent("b");
+    let config = cluster.host("b").state.join("agent.toml");
+    let text = fs::read_to_string(&config).unwrap();
+    fs::write(&config, format!("cpu_mask = [\"sse2\"]\n{text}")).unwrap();
+    cluster.restart_agent("b");
+    let console = cluster.boot("a", &Spec::default());
+    let kernel = cluster.host("a").vm_dir(VM).join("kernel");
+    let good = fs::read(&kernel).unwrap();
+    // Another VM of this name, made while the hosts could not see each other.
+    cluster.kill_agent("a");
+    cluster.create("b", VM, &Spec::default(), &[]).ok();
+    cluster.restart_agent("a");
+    fs::write(&kernel, "no kernel").unwrap();
+
+    let words = [VM, "--host", "b", "--disk", "vdz=bulk"];
+    let all = [
+        "not a kernel",
+        "no disk \"vdz\"",
+        "has a VM vm already (stopped)",
+        "CPU features the guest has been given: sse2",
+        "datastore fast on host b has",
+        "there is a file at",
+    ];
+    let dry = cluster.vmove("a", &[&words[..], &["--dry-run", "--json"]].concat());
+    dry.refused(1, &all);
+    let plan: serde_json::Value = serde_json::from_str(&dry.stdout).unwrap();
+    let blockers: Vec<&str> =
+        plan["blockers"].as_array().unwrap().iter().filter_map(|b| b.as_str()).collect();
+    assert_eq!(blockers.len(), all.len(), "{blockers:?}");
+    for said in all {
+        assert!(blockers.iter().any(|blocker| blocker.contains(said)), "{said}: {blockers:?}");
+    }
+    // The move itself says the same, and has done nothing.
+    let there = cluster.host("b").remains();
+    cluster.vmove("a", &words).refused(1, &all);
+    assert_eq!(cluster.host("b").remains(), there);
+    console.goes_on();
+    // Nor does a VM that is stopped keep the rest from being said.
+    cluster.vmove("a", &["stop", "--now", VM]).ok();
+    let dry = cluster.vmove("a", &[&words[..], &["--dry-run"]].concat());
+    dry.refused(
+        1,
+        &["only a running VM can be moved", "not a kernel", "vdz", "datastore fast on host b has"],
+    );
+    fs::write(&kernel, good).unwrap();
+    cluster.vmove("a", &["start", VM]).ok();
+}
+
+#[test]
 fn images_that_are_damaged() {
     if !kvm::usable("images_that_are_damaged") {
         return;
@@ -451,6 +509,8 @@ fn rubbish_at_the_agents_port() {
     let good = call("POST /v1/incoming", &with(&|offer| offer.dry_run = true));
     assert_eq!(good.status, 200, "{}", good.body);
     assert!(good.body.contains("\"blockers\":[]"), "{}", good.body);
+    let late = call("POST /v1/incoming", &with(&|offer| (offer.dry_run, offer.clock_ms) = (true, Some(0))));
+    assert!(late.status == 200 && late.body.contains("the clocks of hosts a and b are"), "{}", late.body);
     let refused: [(&str, &[u8], &str); 8] = [
         ("POST /v1/incoming", &with(&|offer| offer.version = 99), "version"),
         ("POST /v1/incoming", &with(&|offer| offer.from_host = "b".into()), "in the name of"),

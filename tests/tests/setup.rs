@@ -106,7 +106,7 @@ fn who_may_not_join(left: &mut Machine, third: &mut Machine, used: &str) {
 
     let good = invited(left);
     join(third, &format!("{good} --name right"), &["has a host \"right\" already", "--name"]);
-    join(third, &format!("{good} --name -third"), &["no host name"]);
+    join(third, &format!("{good} --name third_"), &["no host name"]);
     // A token names its cluster: this one is of another that listens nowhere.
     let other = third.types("vmove init --state ./other --listen 10.77.0.12:7071").ok();
     let token = other.lines().find_map(|line| line.trim().split_once(" --token ")).unwrap().1.to_owned();
@@ -140,7 +140,7 @@ fn datastores_that_cannot_be(left: &mut Machine) {
         ("x /etc/vmove/agent.toml", "Not a directory"),
         ("x /srv/fast", "is datastore \"fast\" already"),
         ("fast /srv/ro", "has a datastore \"fast\" already"),
-        ("../x /srv/fast", "only letters"),
+        ("../x /srv/fast", "must not begin"),
     ] {
         left.types(&format!("vmove datastore add {words}")).refused(1, &[said]);
     }

@@ -384,6 +384,7 @@ fn offer(disk: &str, dry_run: bool) -> Offer {
         cpu_features: vec![],
         kernel: FileDigest { bytes: 6, blake3: blake3::hash(kernel).to_hex().to_string() },
         initrd: None,
+        clock_ms: None,
         dry_run,
     }
 }

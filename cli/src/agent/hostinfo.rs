@@ -48,6 +48,12 @@ fn features_of(cpuinfo: &str, mask: &[String]) -> Vec<String> {
     common.unwrap_or_default().into_iter().filter(offered).map(str::to_owned).collect()
 }
 
+/// The time of day, milliseconds since 1970.
+pub fn clock_ms() -> u64 {
+    let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    since.map_or(0, |since| since.as_millis() as u64)
+}
+
 /// Processors that are online.
 pub fn cpus() -> u32 {
     std::thread::available_parallelism().map_or(1, |n| n.get() as u32)

@@ -25,7 +25,7 @@ use super::plan::{self, There};
 use super::registry::Reservation;
 use super::vmdir::VmDir;
 use super::vms::VmView;
-use super::{Agent, hostinfo, images, moves, process, vms};
+use super::{Agent, hostinfo, images, preflight, process, vms};
 use crate::api::types::{DiskPlacement, FileDigest, Listening, Offer, OfferAccepted};
 
 /// An accepted offer that is not started within this time is forgotten.
@@ -109,6 +109,11 @@ impl Agent {
         from: &str,
         offer: Offer,
     ) -> Result<OfferAccepted, ApiError> {
+        // At once: what is done first may take a while.
+        let skewed = offer.clock_ms.and_then(|theirs| {
+            let limit = self.config.max_clock_skew_ms;
+            plan::clock_blocker((from, theirs), (&self.config.name, hostinfo::clock_ms()), limit)
+        });
         check_offer(from, &offer)?;
         let name = offer.definition.name.clone();
         let vm = self.registry.vm(&name)?;
@@ -134,7 +139,8 @@ impl Agent {
             (Ok(_), None) => vm.path().exists().then_some("what is left of it is being cleaned up"),
         };
         let (agent, judged) = (self.clone(), offer.clone());
-        let (disks, blockers) = blocking(move || agent.judge(&judged, taken)).await?;
+        let (disks, mut blockers) = blocking(move || agent.judge(&judged, taken)).await?;
+        blockers.extend(skewed);
         if offer.dry_run {
             return Ok(OfferAccepted { disks, blockers });
         }
@@ -278,7 +284,7 @@ impl Agent {
                 self.store(&datastore)?.image_path(&offer.definition.name, &disk.image.name, format)?;
             disks.push(DiskPlacement { name: disk.image.name.clone(), datastore, path });
         }
-        blockers.extend(moves::occupied(&disks, &offer.definition.name, offer.generation)?);
+        blockers.extend(preflight::occupied(&disks, &offer.definition.name, offer.generation)?);
         Ok((disks, blockers))
     }
 

@@ -7,7 +7,7 @@
 //! | [`peers`], [`cluster`], `removal` | the other agents, becoming one of them, taking one out |
 //! | [`registry`], [`vmdir`], [`vms`], [`create`] | VMs of this host |
 //! | [`process`], [`launch`], [`control`] | their processes |
-//! | [`plan`], [`moves`], [`incoming`] | moves: decided, led, received |
+//! | [`plan`], `preflight`, [`moves`], [`incoming`] | moves: decided, led, received |
 //! | `inventory`, `maintenance` | what the placement of VMs asks; keeping them away |
 //! | [`settle`], `other_end`, `recover` | what is left after a crash: settled, asked about, shown |
 //! | [`checkpoints`], [`restore`], `routes_checkpoint` | moments of a VM that are kept, and going on from one |
@@ -42,6 +42,7 @@ mod networks;
 mod other_end;
 pub mod peers;
 pub mod plan;
+mod preflight;
 mod probe;
 pub mod process;
 mod recover;

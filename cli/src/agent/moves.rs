@@ -3,7 +3,6 @@
 //! Whatever fails before the order is taken back at the target. After the order the VM process decides, and its journal. Never
 //! enters: RAM and disks (the processes carry them), what to do after a crash (settle).
 
-use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -17,16 +16,15 @@ use vmove_mirror::journal::{MoveId, Standing};
 use vmove_storage::{OwnerState, Stamp};
 
 use super::control::{self, ControlError};
-use super::create::check_kernel;
 use super::error::{ApiError, blocking};
 use super::plan::{self, Here};
+use super::preflight::{self, Files};
 use super::registry::{MOVING, Reservation};
 use super::vmdir::{VmDir, read_progress};
-use super::vms::{VmView, word};
-use super::{Agent, images, peers};
+use super::{Agent, hostinfo, images, peers};
 use crate::api::types::{
-    DiskAction, DiskPlacement, FileDigest, ImageShape, Listening, MoveAccepted, MoveAnswer, MovePlan,
-    MoveProgress, MoveRequest, Offer, OfferAccepted, OfferedDisk, PEER_VERSION, VmState,
+    DiskAction, DiskPlacement, ImageShape, Listening, MoveAccepted, MoveAnswer, MovePlan, MoveProgress,
+    MoveRequest, Offer, OfferAccepted, OfferedDisk, PEER_VERSION, VmState,
 };
 use crate::api::watch::WatchedMove;
 use crate::identity::files::write_private;
@@ -60,11 +58,20 @@ impl Agent {
         };
         let view = self.must_view(name).await?;
         let vm = self.registry.vm(name)?;
-        let Some(status) = view.status.clone().filter(|_| view.state == VmState::Running) else {
-            return Err(not_running(name, &view));
+        let mut found = Vec::new();
+        let status = match view.status.clone() {
+            Some(status) if view.state == VmState::Running => status,
+            // A dry run has more to say than that.
+            status if request.dry_run && preflight::is_this_hosts(&view) => {
+                found.push(preflight::not_running(name, &view).message);
+                status.unwrap_or_else(|| preflight::as_if_running(&view))
+            }
+            _ => return Err(preflight::not_running(name, &view)),
         };
-        let look = status.clone();
-        let shapes = blocking(move || shapes(&look)).await?;
+        let (look, dir, leaves) = (status.clone(), vm.clone(), plan::leaves(&request, &self.config.name));
+        let ready = blocking(move || preflight::of_vm(&look, &dir, leaves)).await?;
+        found.extend(ready.blockers);
+        let (shapes, files) = (ready.shapes, ready.files);
         let stores = self.datastore_infos()?;
         let here = Here {
             host: &self.config.name,
@@ -73,20 +80,25 @@ impl Agent {
             shapes: &shapes,
             stores: &stores,
         };
-        let plan = plan::local_plan(&request, &here);
-        let draft = Draft { request, status, shapes, plan, move_id: uuid::Uuid::new_v4().to_string() };
+        let mut plan = plan::local_plan(&request, &here);
+        plan.blockers.splice(0..0, found);
+        let draft = Draft { request, status, shapes, files, plan, move_id: uuid::Uuid::new_v4().to_string() };
         match reservation {
-            None => Ok(MoveAnswer::Plan(self.dry_run(&vm, draft).await?)),
+            None => Ok(MoveAnswer::Plan(self.dry_run(draft).await?)),
             Some(reservation) => Ok(MoveAnswer::Accepted(self.begin(name, &vm, draft, reservation).await?)),
         }
     }
 
-    async fn dry_run(&self, vm: &VmDir, mut draft: Draft) -> Result<MovePlan, ApiError> {
+    async fn dry_run(&self, mut draft: Draft) -> Result<MovePlan, ApiError> {
         if let Some(host) = draft.target(&self.config.name) {
-            self.ask_target(vm, &mut draft, &host, true).await?;
+            self.ask_target(&mut draft, &host, true).await?;
         } else {
             let places = self.local_copies(&draft, &mut Vec::new());
-            draft.plan.blockers.extend(occupied(&places, &draft.plan.vm, draft.status.generation + 1)?);
+            draft.plan.blockers.extend(preflight::occupied(
+                &places,
+                &draft.plan.vm,
+                draft.status.generation + 1,
+            )?);
         }
         Ok(draft.plan)
     }
@@ -104,12 +116,12 @@ impl Agent {
             Some(host) => {
                 // With something in the way here the other host is only asked what it would say, for one complete list.
                 let dry = !draft.plan.blockers.is_empty();
-                self.ask_target(vm, &mut draft, host, dry).await?
+                self.ask_target(&mut draft, host, dry).await?
             }
             None => {
                 let mut blockers = Vec::new();
                 let places = self.local_copies(&draft, &mut blockers);
-                blockers.extend(occupied(&places, name, generation)?);
+                blockers.extend(preflight::occupied(&places, name, generation)?);
                 draft.plan.blockers.extend(blockers);
                 places
             }
@@ -152,12 +164,11 @@ impl Agent {
     /// real offer that is refused, and a host that cannot be asked, are blockers like any other.
     async fn ask_target(
         &self,
-        vm: &VmDir,
         draft: &mut Draft,
         host: &str,
         dry_run: bool,
     ) -> Result<Vec<DiskPlacement>, ApiError> {
-        let offer = self.offer(vm, draft, dry_run).await?;
+        let offer = self.offer(draft, dry_run)?;
         let answer: Result<OfferAccepted, ApiError> =
             self.peers.call(host, Method::POST, "/v1/incoming", Some(&offer), peers::LONG).await;
         match answer {
@@ -176,7 +187,7 @@ impl Agent {
         }
     }
 
-    async fn offer(&self, vm: &VmDir, draft: &Draft, dry_run: bool) -> Result<Offer, ApiError> {
+    fn offer(&self, draft: &Draft, dry_run: bool) -> Result<Offer, ApiError> {
         let mut disks = Vec::new();
         for (disk, shape) in draft.status.disks.iter().zip(&draft.shapes) {
             let store = self.store(&disk.datastore)?;
@@ -187,14 +198,6 @@ impl Agent {
                 datastore: request.disks.get(&disk.name).or(request.datastore.as_ref()).cloned(),
             });
         }
-        let (kernel, initrd) = (vm.kernel(), vm.initrd());
-        let (kernel, initrd) = blocking(move || {
-            // The guest at the target has no use for it before it is started again: the time to find out is now.
-            check_kernel(&kernel)?;
-            let initrd = initrd.exists().then(|| digest(&initrd)).transpose()?;
-            Ok((digest(&kernel)?, initrd))
-        })
-        .await?;
         Ok(Offer {
             version: PEER_VERSION,
             move_id: draft.move_id.clone(),
@@ -204,8 +207,9 @@ impl Agent {
             disks,
             plain: draft.request.insecure_plain,
             cpu_features: draft.status.vm.cpu_features.clone(),
-            kernel,
-            initrd,
+            kernel: draft.files.kernel.clone(),
+            initrd: draft.files.initrd.clone(),
+            clock_ms: Some(hostinfo::clock_ms()),
             dry_run,
         })
     }
@@ -450,6 +454,7 @@ struct Draft {
     request: MoveRequest,
     status: ProcessStatus,
     shapes: Vec<ImageShape>,
+    files: Files,
     plan: MovePlan,
     move_id: String,
 }
@@ -461,43 +466,6 @@ impl Draft {
     }
 }
 
-/// Structure of a VM's images, in the order of its disks.
-fn shapes(status: &ProcessStatus) -> Result<Vec<ImageShape>, ApiError> {
-    let mut shapes = Vec::with_capacity(status.disks.len());
-    for disk in &status.disks {
-        let definition = status.vm.disks.iter().find(|known| known.name == disk.name).ok_or_else(|| {
-            ApiError::internal(format!("VM {:?} has no disk {:?}", status.vm.name, disk.name))
-        })?;
-        let info = vmove_storage::info(&disk.path)?;
-        shapes.push(ImageShape {
-            name: disk.name.clone(),
-            format: definition.format,
-            virtual_bytes: info.virtual_bytes,
-            cluster_bytes: info.cluster_bytes.unwrap_or(0),
-            allocated_bytes: info.allocated_bytes,
-        });
-    }
-    Ok(shapes)
-}
-
-fn not_running(name: &str, view: &VmView) -> ApiError {
-    match view.state {
-        VmState::Moving => ApiError::busy(format!(
-            "VM {name:?} is on the move already ({})",
-            view.moving.as_deref().unwrap_or("its report comes")
-        )),
-        VmState::Undecided | VmState::Lost => ApiError::undecided(format!(
-            "VM {name:?}: {}",
-            view.error.as_deref().unwrap_or("its owner is not decided")
-        )),
-        state => ApiError::conflict(format!(
-            "VM {name:?} is {}; only a running VM can be moved{}",
-            word(state),
-            view.error.as_ref().map_or_else(String::new, |error| format!(" ({error})"))
-        )),
-    }
-}
-
 fn aim(request: &MoveRequest) -> String {
     match (&request.host, &request.datastore) {
         (Some(host), Some(store)) => format!("host {host}, datastore {store}"),
@@ -505,28 +473,6 @@ fn aim(request: &MoveRequest) -> String {
         (None, Some(store)) => format!("datastore {store}"),
         (None, None) => "where it shall go".to_owned(),
     }
-}
-
-/// Files in the way of images to come: anything but the VM's own stale image of an earlier generation.
-pub(super) fn occupied(places: &[DiskPlacement], vm: &str, generation: u64) -> Result<Vec<String>, ApiError> {
-    let mut blockers = Vec::new();
-    for place in places {
-        let stamp = Stamp::read(&place.path)?;
-        if !place.path.exists() && stamp.is_none() {
-            continue;
-        }
-        let stale = |stamp: &Stamp| {
-            stamp.vm == vm && stamp.state == OwnerState::Stale && stamp.generation < generation
-        };
-        if !stamp.as_ref().is_some_and(stale) {
-            blockers.push(format!(
-                "disk {}: there is a file at {} already; remove it or name another datastore",
-                place.name,
-                place.path.display()
-            ));
-        }
-    }
-    Ok(blockers)
 }
 
 fn has_ended(progress: &MoveProgress) -> bool {
@@ -548,23 +494,6 @@ fn is_committed(vm: &VmDir, move_id: &str) -> Result<bool, ApiError> {
     })
 }
 
-/// Length and BLAKE3 of a file.
-fn digest(path: &Path) -> Result<FileDigest, ApiError> {
-    let read = |e: std::io::Error| ApiError::io("read", path, &e);
-    let mut file = std::fs::File::open(path).map_err(read)?;
-    let mut hasher = blake3::Hasher::new();
-    let mut buffer = vec![0; CHUNK];
-    let mut bytes = 0;
-    loop {
-        let n = file.read(&mut buffer).map_err(read)?;
-        if n == 0 {
-            return Ok(FileDigest { bytes, blake3: hasher.finalize().to_hex().to_string() });
-        }
-        hasher.update(&buffer[..n]);
-        bytes += n as u64;
-    }
-}
-
 /// A file as the body of a request, read as it is sent.
 async fn file_body(path: &Path) -> Result<Body, ApiError> {
     let file = tokio::fs::File::open(path).await.map_err(|e| ApiError::io("open", path, &e))?;
@@ -583,27 +512,6 @@ mod tests {
     use vmove_mirror::journal::Record;
 
     #[test]
-    fn only_an_old_stale_image_of_the_same_vm_may_be_replaced() {
-        let dir = tempfile::tempdir().unwrap();
-        let place =
-            DiskPlacement { name: "vda".into(), datastore: "x".into(), path: dir.path().join("vda.qcow2") };
-        let places = [place.clone()];
-        assert!(occupied(&places, "web", 3).unwrap().is_empty());
-        std::fs::write(&place.path, b"x").unwrap();
-        assert_eq!(occupied(&places, "web", 3).unwrap().len(), 1);
-        for (vm, generation, state, free) in [
-            ("web", 2, OwnerState::Stale, true),
-            ("web", 3, OwnerState::Stale, false),
-            ("db", 2, OwnerState::Stale, false),
-            ("web", 2, OwnerState::Owned, false),
-            ("web", 2, OwnerState::Incoming, false),
-        ] {
-            Stamp { vm: vm.into(), generation, state }.write(&place.path).unwrap();
-            assert_eq!(occupied(&places, "web", 3).unwrap().is_empty(), free, "{vm} {generation} {state:?}");
-        }
-    }
-
-    #[test]
     fn the_target_is_cleaned_up_only_when_the_journal_says_no() {
         let dir = tempfile::tempdir().unwrap();
         let vm = VmDir::new(dir.path().join("web"));
@@ -616,16 +524,5 @@ mod tests {
         assert!(is_committed(&vm, "m").unwrap(), "not decided");
         vm.append(&Record::Committed { move_id: id }).unwrap();
         assert!(is_committed(&vm, "m").unwrap());
-    }
-
-    #[test]
-    fn a_digest_is_of_the_whole_file() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("kernel");
-        let bytes: Vec<u8> = (0..CHUNK * 2 + 17).map(|i| i as u8).collect();
-        std::fs::write(&path, &bytes).unwrap();
-        let digest = digest(&path).unwrap();
-        assert_eq!(digest.bytes, bytes.len() as u64);
-        assert_eq!(digest.blake3, blake3::hash(&bytes).to_hex().to_string());
     }
 }

@@ -187,6 +187,22 @@ pub fn host_blockers(
     blockers
 }
 
+/// Two hosts whose clocks (ms since 1970) are more than `limit` ms apart: their certificates and logs could not be trusted to fit, and
+/// the guest's time of day would jump. What it took to ask counts as difference, so the limit is generous.
+pub fn clock_blocker(there: (&str, u64), here: (&str, u64), limit: u64) -> Option<String> {
+    let apart = there.1.abs_diff(here.1);
+    (apart > limit).then(|| {
+        format!(
+            "the clocks of hosts {} and {} are {:.1} s apart, {} allows {:.1} s (max_clock_skew_ms); set them right, as NTP does",
+            there.0,
+            here.0,
+            apart as f64 / 1000.0,
+            here.0,
+            limit as f64 / 1000.0
+        )
+    })
+}
+
 /// What a host that is offered a VM knows about itself.
 #[derive(Debug, Clone)]
 pub struct There<'a> {
@@ -392,6 +408,7 @@ mod tests {
             cpu_features: vec!["avx2".into()],
             kernel: FileDigest { bytes: 1, blake3: String::new() },
             initrd: None,
+            clock_ms: None,
             dry_run: false,
         }
     }
@@ -407,6 +424,18 @@ mod tests {
         assert!(blockers.is_empty(), "{blockers:?}");
         there.stores = &stores[..2];
         assert_eq!(receive(&offer(), &there).0[0].as_deref(), Some("other"));
+    }
+
+    #[test]
+    fn clocks_may_differ_a_little_either_way() {
+        for (there, here, said) in
+            [(9_000, 4_000, false), (4_000, 9_000, false), (9_001, 4_000, true), (0, 60_000, true)]
+        {
+            let blocker = clock_blocker(("left", there), ("right", here), 5_000);
+            assert_eq!(blocker.is_some(), said, "{there} {here}");
+        }
+        let blocker = clock_blocker(("left", 0), ("right", 60_000), 5_000).unwrap();
+        assert!(blocker.contains("60.0 s apart") && blocker.contains("5.0 s"), "{blocker}");
     }
 
     #[test]

@@ -356,6 +356,9 @@ pub struct Offer {
     pub kernel: FileDigest,
     /// The initial RAM disk.
     pub initrd: Option<FileDigest>,
+    /// The clock of the host it comes from, ms since 1970, when this was sent.
+    #[serde(default)]
+    pub clock_ms: Option<u64>,
     /// Only answer; nothing is made or kept.
     pub dry_run: bool,
 }
