@@ -8,6 +8,7 @@ pub mod api;
 pub mod bench;
 pub mod client;
 pub mod commands;
+pub mod definition;
 pub mod demo;
 pub mod evacuation;
 pub mod identity;

@@ -143,16 +143,17 @@ impl ImageSpec {
     }
 }
 
-/// Looks at an image without locking or changing it. The format comes from the extension, else from the magic.
+/// Looks at an image without locking or changing it. The format comes from the extension, else (and for `.img`, which is used for both)
+/// from the magic.
 ///
 /// Numbers of an image in use are a snapshot of a moving thing.
 pub fn info(path: &Path) -> Result<ImageInfo> {
     let file = File::open(path).map_err(|e| BlockError::io("open", path, e))?;
     let metadata = file.metadata().map_err(|e| BlockError::io("look at", path, e))?;
     let format = match ImageFormat::from_extension(path) {
-        Some(format) => format,
-        None if starts_with_magic(&file) => ImageFormat::Qcow2,
-        None => ImageFormat::Raw,
+        Some(format) if path.extension().is_none_or(|extension| extension != "img") => format,
+        _ if starts_with_magic(&file) => ImageFormat::Qcow2,
+        _ => ImageFormat::Raw,
     };
     let header = match format {
         ImageFormat::Qcow2 => Some(Header::read_from(&file, path)?),

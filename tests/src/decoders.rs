@@ -221,9 +221,16 @@ pub fn companion(bytes: &[u8]) -> bool {
     stamped | Datastore::open("store", &store).is_ok()
 }
 
-/// A VM's definition, as people write it.
+/// A VM's definition, as people write it, and as it is kept.
 pub fn vm_toml(bytes: &[u8]) -> bool {
     let Ok(text) = std::str::from_utf8(bytes) else { return false };
+    if let Ok(written) = vmove::definition::parse(text) {
+        let mut vm = written.definition;
+        // Of disks that take their image's size it is not known yet.
+        vm.disks.retain(|disk| disk.size_bytes > 0);
+        let again = vmove::definition::parse(&vmove::definition::render(&vm));
+        assert_eq!(again.map(|again| again.definition), Ok(vm));
+    }
     let Ok(definition) = toml::from_str::<protocol::VmDefinition>(text) else { return false };
     let again = toml::to_string(&definition).expect("what was accepted can be written");
     assert_eq!(toml::from_str::<protocol::VmDefinition>(&again).as_ref(), Ok(&definition));

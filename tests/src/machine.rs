@@ -41,11 +41,10 @@ impl Machine {
         fs::write(dir.join("bin/systemctl"), SYSTEMCTL).map_err(io)?;
         fs::set_permissions(dir.join("bin/systemctl"), fs::Permissions::from_mode(0o755)).map_err(io)?;
         let shown = dir.display();
-        let mut script = format!("set -e; hostname {name}; ");
-        for own in OWN {
-            script += &format!("mount --bind '{shown}/{own}' '/{own}'; ");
-        }
-        script += &format!("cd '{shown}/root'; export HOME=$PWD PATH='{shown}/bin':$PATH; exec bash 2>&1");
+        let mounts = OWN.map(|own| format!("mount --bind '{shown}/{own}' '/{own}'; ")).concat();
+        let script = format!(
+            "set -e; hostname {name}; {mounts} cd '{shown}/root'; export HOME=$PWD TMPDIR=$PWD PATH='{shown}/bin':$PATH; exec bash 2>&1"
+        );
         let mut command = host.command("unshare");
         command.args(["-m", "-u", "-p", "-f", "--kill-child", "--mount-proc", "bash", "-c", &script]);
         for variable in ["VMOVE_AGENT", "VMOVE_STATE", "VMOVE_CONTEXT", "VMOVE_TOKEN", "XDG_CONFIG_HOME"] {
@@ -94,7 +93,9 @@ impl Machine {
 
     /// Every file and directory below one of the machine's own directories.
     pub fn files(&self, below: &str) -> Vec<String> {
-        crate::images::files_below(&self.dir.join(below))
+        let mut files = crate::images::files_below(&self.dir.join(below));
+        files.sort_unstable();
+        files
     }
 }
 

@@ -24,7 +24,7 @@ fn readme() -> Vec<(String, String)> {
     let mut lines = Vec::new();
     for line in block.lines().filter(|line| !line.is_empty()) {
         match line.strip_prefix("# on ") {
-            Some(place) => machine = place.split([',', ' ']).next().unwrap().to_owned(),
+            Some(place) => place.split([',', ' ']).next().unwrap().clone_into(&mut machine),
             None => lines.push((machine.clone(), line.to_owned())),
         }
     }
@@ -76,10 +76,65 @@ fn the_readme_is_typed_on_bare_machines_and_mistakes_do_no_harm() {
         assert!(hosts.contains(word), "{word} is not in\n{hosts}");
     }
 
+    definitions(left, right);
     who_may_not_join(left, third, &invitation);
     datastores_that_cannot_be(left);
     configurations_with_mistakes(third);
     contexts(left);
+}
+
+/// A VM out of a file, with an image and a seed for cloud-init: made, moved, edited, renamed, cloned.
+fn definitions(left: &mut Machine, right: &mut Machine) {
+    left.types(
+        "printf '#cloud-config\\n' >user-data; head -c 3M /dev/urandom >disk.img; truncate -s 16M disk.img",
+    )
+    .ok();
+    let toml = "name = \"web01\"\nmemory = \"64MiB\"\nkernel = \"vmlinux\"\ncmdline = \"vmove.cpus=1\"\napart = [\"web\"]\n\n\
+                [[disks]]\nname = \"vda\"\nimage = \"disk.img\"\nsize = \"64MiB\"\n\n\
+                [cloud_init]\nuser_data = \"user-data\"\n";
+    std::fs::write(left.dir.join("root/web01.toml"), toml).unwrap();
+    let before = left.files("srv");
+    let mistakes: [(&str, &str, &[&str]); 5] = [
+        ("64MiB\"\nkernel", "64 GigaByte\"\nkernel", &["web01.toml", "line 2, column 10"]),
+        ("apart", "aparty", &["line 5, column 1", "unknown field `aparty`"]),
+        ("disk.img", "none.img", &["none.img", "No such file"]),
+        ("size = \"64MiB\"", "size = \"1MiB\"", &["vda", "16777216"]),
+        ("size = \"64MiB\"", "datastore = \"attic\"", &["no datastore \"attic\"", "fast"]),
+    ];
+    for (good, bad, said) in mistakes {
+        let wrong = toml.replace(good, bad);
+        assert_ne!(wrong, toml);
+        std::fs::write(left.dir.join("root/web01.toml"), wrong).unwrap();
+        left.types("vmove create -f web01.toml").refused(1, said);
+    }
+    assert_eq!(left.files("srv"), before);
+    std::fs::write(left.dir.join("root/web01.toml"), toml).unwrap();
+    left.types("vmove create -f web01.toml").ok();
+    left.types("cmp -n 16777216 disk.img <(qemu-img convert -f qcow2 -O raw /srv/fast/web01/vda.qcow2 all.img; cat all.img)").ok();
+    assert_eq!(left.types("blkid -p -o value -s LABEL /srv/fast/web01/cidata.raw").ok(), "CIDATA\n");
+    left.types("vmove start web01 && vmove web01 --host right").ok();
+    left.types("EDITOR=true vmove rename web01 other").refused(1, &["vmove stop web01"]);
+    left.types("vmove stop --now web01").ok();
+    let edit = |left: &mut Machine, script: &str| {
+        left.types(&format!("EDITOR=\"sed -i '{script}'\" vmove edit web01"))
+    };
+    edit(left, "s/^vcpus/cpus/")
+        .refused(1, &["line 3, column 1", "unknown field `cpus`", "what was typed is in"]);
+    edit(left, "s/64MiB/1GiB/").refused(1, &["cannot be changed so", "size and format of disk vda"]);
+    assert_eq!(edit(left, "s/x/x/").ok(), "nothing changed\n");
+    edit(left, "s/^memory.*/memory = 134217728/").ok();
+    let shown = left.types("vmove show web01 --toml").ok();
+    assert!(shown.contains("memory = \"128MiB\"\n") && shown.contains("apart = [\"web\"]"), "{shown}");
+    left.types("vmove rename web01 web").refused(1, &["has a VM \"web\" already"]);
+    left.types("vmove rename web01 web02 && vmove clone web02 web03").ok();
+    left.types("vmove show web01").refused(1, &["no VM"]);
+    // Both start, each from disks of its own, and can be moved as any other.
+    left.types("vmove start web02 && vmove start web03 && vmove web02 --host left").ok();
+    left.types("vmove stop --now web02 && vmove stop --now web03 && vmove rm web02 && vmove rm web03").ok();
+    left.types("vmove create web04 --from disk.img --kernel vmlinux --user-data user-data && vmove rm web04")
+        .ok();
+    assert_eq!(left.files("srv"), before);
+    assert!(!right.files("srv").iter().any(|file| file.contains("web0")), "{:?}", right.files("srv"));
 }
 
 /// Tokens that were used or are too old, another cluster's, a name that is taken: refused, and nothing is left at the machine.

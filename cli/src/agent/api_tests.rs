@@ -111,6 +111,7 @@ impl Host {
             kernel: self.dir.path().join("kernel"),
             initrd: None,
             images: Default::default(),
+            cloud_init: None,
         }
     }
 
@@ -160,7 +161,7 @@ pub(super) fn definition(name: &str, datastore: &str) -> VmDefinition {
             read_only: false,
         }],
         networks: vec![],
-        apart: Vec::new(),
+        apart: vec![],
     }
 }
 

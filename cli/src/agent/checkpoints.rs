@@ -59,9 +59,9 @@ impl Agent {
         };
         let own = status.disks.first().map(|disk| disk.datastore.clone());
         let wanted = request.datastore.clone().or(own);
-        let store = match &wanted {
+        let store = &match &wanted {
             Some(wanted) => self.store(wanted)?,
-            None => self.stores.first().ok_or_else(|| ApiError::conflict("this host has no datastore"))?,
+            None => self.default_store()?,
         };
         let id = uuid::Uuid::new_v4().to_string();
         let to = dir_of(store, name).join(&request.name);
@@ -123,7 +123,7 @@ impl Agent {
     pub fn find_checkpoint(&self, vm: &str, name: &str) -> Result<Option<Found>, ApiError> {
         check_name("VM", vm)?;
         check_name("checkpoint", name)?;
-        for store in &self.stores {
+        for store in self.stores().iter() {
             let dir = dir_of(store, vm).join(name);
             if dir.is_dir() {
                 return Ok(Some(Found { datastore: store.name().to_owned(), dir }));
@@ -135,7 +135,7 @@ impl Agent {
     /// What this host has of one VM's checkpoints, or of all.
     pub fn checkpoints(&self, vm: Option<&str>) -> Result<Vec<CheckpointInfo>, ApiError> {
         let mut found = Vec::new();
-        for store in &self.stores {
+        for store in self.stores().iter() {
             for name in sub_directories(&store.path().join(DIR))? {
                 if vm.is_some_and(|vm| vm != name) {
                     continue;
@@ -178,7 +178,7 @@ impl Agent {
     pub fn remove_checkpoint(&self, vm: &str, name: &str) -> Result<bool, ApiError> {
         let Some(found) = self.find_checkpoint(vm, name)? else { return Ok(false) };
         // In one step: half a checkpoint is never seen.
-        let store = self.store(&found.datastore)?;
+        let store = &self.store(&found.datastore)?;
         let gone = self.unfinished(store, vm, &uuid::Uuid::new_v4().to_string());
         std::fs::rename(&found.dir, &gone).map_err(|e| ApiError::io("remove", &found.dir, &e))?;
         std::fs::remove_dir_all(&gone).map_err(|e| ApiError::io("remove", &gone, &e))?;
@@ -189,7 +189,7 @@ impl Agent {
     /// Removes what was left unfinished of a VM's checkpoints here. The caller has reserved the VM, and it has no process.
     pub(super) fn sweep_checkpoints(&self, vm: &str) -> Result<(), ApiError> {
         let prefix = self.unfinished_prefix();
-        for store in &self.stores {
+        for store in self.stores().iter() {
             let dir = dir_of(store, vm);
             let Ok(entries) = std::fs::read_dir(&dir) else { continue };
             for entry in entries.filter_map(Result::ok) {
@@ -205,7 +205,7 @@ impl Agent {
     /// The VMs of which something may be left here.
     pub(super) fn vms_with_checkpoints(&self) -> Result<Vec<String>, ApiError> {
         let mut vms = Vec::new();
-        for store in &self.stores {
+        for store in self.stores().iter() {
             vms.extend(sub_directories(&store.path().join(DIR))?);
         }
         vms.sort_unstable();

@@ -12,8 +12,9 @@ use vmove_storage::datastore::check_name;
 use vmove_storage::{ImageSpec, OwnerState, Stamp};
 
 use super::error::{ApiError, blocking};
+use super::registry::Reservation;
 use super::vmdir::{VmDir, disks_at};
-use super::{Agent, images, networks};
+use super::{Agent, images, networks, seed};
 use crate::api::types::{CreateVm, DiskPlacement, VmSummary};
 use crate::commands::is_reserved;
 
@@ -74,27 +75,38 @@ impl Agent {
     pub async fn create(self: &Arc<Self>, request: CreateVm) -> Result<VmSummary, ApiError> {
         let name = request.definition.name.clone();
         let vm = self.registry.vm(&name)?;
-        if is_reserved(&name) {
-            return Err(ApiError::invalid(format!(
-                "{name:?} is a command of vmove: `vmove {name} ...` would not reach a VM of this name; choose another"
-            )));
-        }
         self.refuse_in_maintenance()?;
-        let _reservation = self.registry.reserve(&name, "being created")?;
-        if vm.path().exists() {
-            return Err(ApiError::name_taken(format!("host {} has a VM {name:?} already", self.config.name)));
-        }
-        if let Some(host) = self.find_owner(&name).await {
-            return Err(ApiError::name_taken(format!("host {host} has a VM {name:?} already")));
-        }
+        let _reservation = self.reserve_new(&name).await?;
         let agent = self.clone();
         blocking(move || agent.build(&vm, request)).await?;
         Ok(self.summary(&self.must_view(&name).await?))
     }
 
+    /// Reserves a name that no VM has, here or on a host that can be reached.
+    pub(super) async fn reserve_new(self: &Arc<Self>, name: &str) -> Result<Reservation, ApiError> {
+        let vm = self.registry.vm(name)?;
+        if is_reserved(name) {
+            return Err(ApiError::invalid(format!(
+                "{name:?} is a command of vmove: `vmove {name} ...` would not reach a VM of this name; choose another"
+            )));
+        }
+        let reservation = self.registry.reserve(name, "being created")?;
+        if vm.path().exists() {
+            return Err(ApiError::name_taken(format!("host {} has a VM {name:?} already", self.config.name)));
+        }
+        if let Some(host) = self.find_owner(name).await {
+            return Err(ApiError::name_taken(format!("host {host} has a VM {name:?} already")));
+        }
+        Ok(reservation)
+    }
+
     fn build(&self, vm: &VmDir, mut request: CreateVm) -> Result<(), ApiError> {
         vm.sockets_fit().map_err(ApiError::invalid)?;
         self.fill_macs(&mut request.definition)?;
+        if let Some(seed) = &request.cloud_init {
+            seed::check(seed)?;
+            request.definition.disks.push(seed::disk());
+        }
         let specs = self.resolve(&mut request)?;
         check_definition(&request.definition)?;
         check_kernel(&request.kernel)?;
@@ -116,20 +128,24 @@ impl Agent {
             .collect::<Result<Vec<_>, ApiError>>()?;
         let built = self.write_all(vm, &request, &specs, &disks);
         if built.is_err() {
-            for disk in &disks {
-                // Only what was begun here: it was not there before.
-                if let Err(error) = images::remove(&disk.path) {
-                    tracing::warn!(%error, "cannot remove the image of a VM that was not made");
-                }
-            }
-            images::remove_empty_dirs(&self.stores(), &definition.name);
-            if vm.path().exists()
-                && let Err(error) = self.remove_dir(vm)
-            {
-                tracing::warn!(%error, "cannot remove the directory of a VM that was not made");
-            }
+            self.take_back(vm, &definition.name, &disks);
         }
         built
+    }
+
+    /// Removes what was begun of a VM: nothing of it was there before.
+    pub(super) fn take_back(&self, vm: &VmDir, name: &str, disks: &[DiskPlacement]) {
+        for disk in disks {
+            if let Err(error) = images::remove(&disk.path) {
+                tracing::warn!(%error, "cannot remove the image of a VM that was not made");
+            }
+        }
+        images::remove_empty_dirs(&self.stores(), name);
+        if vm.path().exists()
+            && let Err(error) = self.remove_dir(vm)
+        {
+            tracing::warn!(%error, "cannot remove the directory of a VM that was not made");
+        }
     }
 
     /// Fills in default datastores and the sizes of given images; gives the structure of every image.
@@ -159,12 +175,13 @@ impl Agent {
             }
             let mut spec = ImageSpec::new(images::format_of(disk.format), disk.size_bytes);
             if let Some(path) = request.images.get(&disk.name) {
-                let info = images::inspect_source(path, disk.format)?;
+                let info = images::inspect_source(path)?;
                 if disk.size_bytes == 0 {
-                    disk.size_bytes = info.virtual_bytes;
-                } else if disk.size_bytes != info.virtual_bytes {
+                    // Images of bytes may end anywhere, disks end with a sector.
+                    disk.size_bytes = info.virtual_bytes.next_multiple_of(512);
+                } else if disk.size_bytes < info.virtual_bytes {
                     return Err(ApiError::invalid(format!(
-                        "disk {}: its size is {} bytes, that of image {} is {}; leave the size out or resize the image first",
+                        "disk {}: its size is {} bytes, that of image {} is {}; leave the size out, or make it larger",
                         disk.name,
                         disk.size_bytes,
                         path.display(),
@@ -207,6 +224,9 @@ impl Agent {
             self.store(&disk.datastore)?.create_vm_dir(&definition.name)?;
             let from = request.images.get(&disk.name).map(std::path::PathBuf::as_path);
             images::make(&disk.path, &definition.name, spec, from)?;
+            if let Some(seed) = request.cloud_init.as_ref().filter(|_| disk.name == seed::DISK) {
+                images::fill(&disk.path, &seed::image(seed, &definition.name)?)?;
+            }
         }
         vm.append(&Record::Owner { generation: 1, disks: disks_at(disks)? })?;
         images::own(disks, &definition.name, 1)
@@ -222,7 +242,7 @@ pub(super) fn check_kernel(path: &Path) -> Result<(), ApiError> {
 }
 
 /// Copies a kernel or RAM disk of at most `cap` bytes.
-fn copy_whole(vm: &VmDir, from: &Path, to: &Path, cap: u64) -> Result<(), ApiError> {
+pub(super) fn copy_whole(vm: &VmDir, from: &Path, to: &Path, cap: u64) -> Result<(), ApiError> {
     let metadata = std::fs::metadata(from).map_err(|e| ApiError::io("read", from, &e))?;
     if !metadata.is_file() || metadata.len() > cap {
         return Err(ApiError::invalid(format!("{} is not a file of at most {cap} bytes", from.display())));

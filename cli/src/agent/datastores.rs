@@ -54,6 +54,12 @@ impl Agent {
         })
     }
 
+    /// The datastore for what names none.
+    pub(super) fn default_store(&self) -> Result<Datastore, ApiError> {
+        let none = || ApiError::conflict(format!("host {} has no datastore", self.config.name));
+        self.stores().first().cloned().ok_or_else(none)
+    }
+
     /// What there is to say of the datastores, the default one first.
     pub fn datastore_infos(&self) -> Result<Vec<DatastoreInfo>, ApiError> {
         let stores = self.stores();

@@ -17,8 +17,8 @@ use utoipa_axum::routes;
 use super::error::ApiError;
 use super::listener::{Caller, TlsListener, listen_unix};
 use super::{
-    Agent, AgentError, forward, routes_checkpoint, routes_estimate, routes_host, routes_peer,
-    routes_placement, routes_recovery, routes_removal, routes_vm, routes_watch,
+    Agent, AgentError, forward, routes_checkpoint, routes_definition, routes_estimate, routes_host,
+    routes_peer, routes_placement, routes_recovery, routes_removal, routes_vm, routes_watch,
 };
 
 /// The document's head.
@@ -94,7 +94,10 @@ fn build(agent: Option<Arc<Agent>>) -> (OpenApiRouter<Arc<Agent>>, Option<Arc<Ag
         .routes(routes!(routes_vm::console))
         .routes(routes!(routes_vm::move_vm))
         .routes(routes!(routes_checkpoint::take))
-        .routes(routes!(routes_estimate::estimate));
+        .routes(routes!(routes_estimate::estimate))
+        .routes(routes!(routes_definition::edit))
+        .routes(routes!(routes_definition::rename))
+        .routes(routes!(routes_definition::clone_vm));
     let mut moves = OpenApiRouter::new().routes(routes!(routes_vm::progress, routes_vm::cancel));
     if let Some(agent) = &agent {
         vms = vms.route_layer(from_fn_with_state(agent.clone(), forward::vm_elsewhere));

@@ -24,18 +24,10 @@ pub fn format_of(format: DiskFormat) -> ImageFormat {
     }
 }
 
-/// Looks at an image that shall become a disk: right format, complete in itself, whole.
-pub fn inspect_source(path: &Path, format: DiskFormat) -> Result<ImageInfo, ApiError> {
+/// Looks at an image that shall become a disk: complete in itself, whole.
+pub fn inspect_source(path: &Path) -> Result<ImageInfo, ApiError> {
     let info = vmove_storage::info(path)?;
-    let wanted = format_of(format);
     let refuse = |why: String| Err(ApiError::invalid(format!("image {}: {why}", path.display())));
-    if info.format != wanted {
-        return refuse(format!(
-            "it is {}, the disk is to be {}; convert it first (qemu-img convert)",
-            info.format.name(),
-            wanted.name()
-        ));
-    }
     if let Some(backing) = &info.backing {
         return refuse(format!("it rests on {backing:?}; flatten it first (qemu-img convert)"));
     }
@@ -45,7 +37,8 @@ pub fn inspect_source(path: &Path, format: DiskFormat) -> Result<ImageInfo, ApiE
     Ok(info)
 }
 
-/// Makes the image of a new disk, empty or as a copy of `from`. It is stamped as unfinished until [`own`].
+/// Makes the image of a new disk, empty or with the contents of `from`, an image of either format that is not larger. It is stamped as
+/// unfinished until [`own`].
 pub fn make(path: &Path, vm: &str, spec: &ImageSpec, from: Option<&Path>) -> Result<(), ApiError> {
     if path.exists() {
         return Err(ApiError::conflict(format!("there is a file at {} already", path.display())));
@@ -56,9 +49,27 @@ pub fn make(path: &Path, vm: &str, spec: &ImageSpec, from: Option<&Path>) -> Res
         Some(from) => {
             // Nobody may change it meanwhile.
             let _lock = ImageLock::take(from, LockMode::Read)?;
-            copy_sparse(from, path)
+            let info = inspect_source(from)?;
+            // An image that is what is wanted keeps its structure, compressed clusters and all.
+            if (info.format, info.virtual_bytes) == (spec.format, spec.virtual_bytes)
+                && info.internal_snapshots == 0
+            {
+                copy_sparse(from, path)
+            } else {
+                Ok(vmove_storage::import(from, info.format, path, spec)?)
+            }
         }
     }
+}
+
+/// Puts bytes into a raw image that nobody has open; synced.
+pub fn fill(path: &Path, bytes: &[u8]) -> Result<(), ApiError> {
+    let write = || -> std::io::Result<()> {
+        let mut file = OpenOptions::new().write(true).open(path)?;
+        file.write_all(bytes)?;
+        file.sync_all()
+    };
+    write().map_err(|e| ApiError::io("write", path, &e))
 }
 
 /// Stamps images as the VM's own. The journal says so first: this only carries it to the stamps.
@@ -92,7 +103,7 @@ pub fn remove_empty_dirs(stores: &[Datastore], vm: &str) {
 }
 
 /// Copies the data of a file and leaves its holes holes; synced.
-fn copy_sparse(from: &Path, to: &Path) -> Result<(), ApiError> {
+pub fn copy_sparse(from: &Path, to: &Path) -> Result<(), ApiError> {
     let mut source = File::open(from).map_err(|e| ApiError::io("open", from, &e))?;
     let mut target = OpenOptions::new()
         .write(true)
@@ -155,15 +166,36 @@ mod tests {
     }
 
     #[test]
-    fn images_of_another_format_or_with_a_base_are_refused() {
+    fn images_with_a_base_are_refused() {
         let dir = tempfile::tempdir().unwrap();
-        let base = dir.path().join("base.raw");
-        File::create(&base).unwrap().set_len(1 << 20).unwrap();
-        assert!(inspect_source(&base, DiskFormat::Qcow2).unwrap_err().message.contains("convert"));
         let path = dir.path().join("top.qcow2");
         let backing = vmove_storage::BackingSpec { name: "base.raw".into(), format: ImageFormat::Raw };
         let spec = ImageSpec { backing: Some(backing), ..ImageSpec::new(ImageFormat::Qcow2, 1 << 20) };
         vmove_storage::create(&path, &spec).unwrap();
-        assert!(inspect_source(&path, DiskFormat::Qcow2).unwrap_err().message.contains("flatten"));
+        assert!(inspect_source(&path).unwrap_err().message.contains("flatten"));
+    }
+
+    #[test]
+    fn an_image_of_another_format_or_size_is_read_and_written_anew() {
+        let dir = tempfile::tempdir().unwrap();
+        let at = |name: &str| dir.path().join(name);
+        let file = File::create(at("a.raw")).unwrap();
+        file.set_len((64 << 20) + 100).unwrap();
+        file.write_all_at(&[7; 5000], 3 << 20).unwrap();
+        file.write_all_at(&[8; 100], 64 << 20).unwrap();
+        let size = (64 << 20) + 512;
+        make(&at("b.qcow2"), "web", &ImageSpec::new(ImageFormat::Qcow2, size), Some(&at("a.raw"))).unwrap();
+        assert_eq!(vmove_storage::info(&at("b.qcow2")).unwrap().virtual_bytes, size);
+        assert!(fs::metadata(at("b.qcow2")).unwrap().blocks() * 512 < 1 << 20);
+        assert!(!vmove_storage::check(&at("b.qcow2")).unwrap().has_errors());
+        let larger = ImageSpec::new(ImageFormat::Raw, 128 << 20);
+        make(&at("c.raw"), "web", &larger, Some(&at("b.qcow2"))).unwrap();
+        let (mut wanted, got) = (fs::read(at("a.raw")).unwrap(), fs::read(at("c.raw")).unwrap());
+        wanted.resize(128 << 20, 0);
+        assert!(wanted == got);
+        assert!(fs::metadata(at("c.raw")).unwrap().blocks() * 512 < 1 << 20);
+        let smaller =
+            make(&at("d.raw"), "web", &ImageSpec::new(ImageFormat::Raw, 1 << 20), Some(&at("a.raw")));
+        assert!(smaller.is_err() && !at("d.raw").exists());
     }
 }

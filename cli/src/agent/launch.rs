@@ -124,6 +124,7 @@ impl Agent {
         let agent = self.clone();
         blocking(move || {
             agent.sweep()?;
+            agent.finish_renames()?;
             agent.prune_reports(KEPT_REPORTS)
         })
         .await?;

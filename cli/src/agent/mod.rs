@@ -5,7 +5,7 @@
 //! | [`config`], [`config_file`], [`hostinfo`], `datastores` | what the host is and has |
 //! | [`http`], `routes_*`, [`listener`], [`forward`], [`console`] | the API and its sockets |
 //! | [`peers`], [`cluster`], `removal` | the other agents, becoming one of them, taking one out |
-//! | [`registry`], [`vmdir`], [`vms`], [`create`] | VMs of this host |
+//! | [`registry`], [`vmdir`], [`vms`], [`create`], `seed`, `edit` | VMs of this host |
 //! | [`process`], [`launch`], [`control`] | their processes |
 //! | [`plan`], `preflight`, [`moves`], [`incoming`] | moves: decided, led, received |
 //! | `inventory`, `maintenance` | what the placement of VMs asks; keeping them away |
@@ -25,6 +25,7 @@ pub mod console;
 pub mod control;
 pub mod create;
 mod datastores;
+mod edit;
 pub mod error;
 mod estimate;
 pub mod forward;
@@ -56,6 +57,7 @@ pub mod restore;
 #[cfg(test)]
 mod restore_tests;
 mod routes_checkpoint;
+mod routes_definition;
 mod routes_estimate;
 mod routes_host;
 mod routes_peer;
@@ -64,6 +66,7 @@ mod routes_recovery;
 mod routes_removal;
 mod routes_vm;
 mod routes_watch;
+mod seed;
 pub mod settle;
 pub mod vmdir;
 pub mod vms;

@@ -76,10 +76,10 @@ async fn a_removed_source_is_taken_over_from_and_stays_out() {
 async fn only_a_host_that_nobody_reaches_is_removed_and_its_name_is_used_up() {
     let (mut left, to_left, mut right, to_right) = pair().await;
     let third = Host::new("third");
-    let address = left.config().listen.to_string();
+    let address = left.config().listen;
     let join = async |host: &Host| {
         let token = cluster::issue_token(&left.state(), Duration::from_mins(1)).unwrap();
-        cluster::join(&host.state(), host.config(), &address, &token).await
+        cluster::join(&host.state(), host.config(), address, &token).await
     };
     join(&third).await.unwrap();
     assert_eq!(code(&to_left.remove_host("left").await.unwrap_err()), "conflict");

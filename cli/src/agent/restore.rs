@@ -22,7 +22,8 @@ use vmove_storage::{Datastore, OwnerState, Stamp};
 use super::checkpoints::{data_bytes, remove_empty_dirs, remove_tree};
 use super::create::check_definition;
 use super::error::{ApiError, blocking};
-use super::moves::{REQUEST_FILE, occupied};
+use super::moves::REQUEST_FILE;
+use super::preflight::occupied;
 use super::registry::RESTORING;
 use super::vmdir::{VmDir, placements};
 use super::vms::word;
@@ -196,7 +197,7 @@ impl Agent {
         blocking(move || {
             let standing = look.journal()?.standing().clone();
             settle::retire_left(&owned, &look, &standing)?;
-            images::remove_empty_dirs(&agent.stores, &owned);
+            images::remove_empty_dirs(&agent.stores(), &owned);
             Ok(())
         })
         .await
@@ -308,10 +309,7 @@ impl Agent {
         for disk in &manifest.vm.disks {
             let current = now.and_then(|(_, disks)| disks.iter().find(|place| place.name == disk.name));
             let wanted = current.map_or(&disk.datastore, |place| &place.datastore);
-            let store = self
-                .store(wanted)
-                .or_else(|error| self.stores.first().ok_or(error))
-                .map_err(|_| ApiError::conflict(format!("host {} has no datastore", self.config.name)))?;
+            let store = self.store(wanted).or_else(|_| self.default_store())?;
             let file = if now.is_some() { format!("{}.{generation}", disk.name) } else { disk.name.clone() };
             let path = store.image_path(&manifest.vm.name, &file, images::format_of(disk.format))?;
             places.push(DiskPlacement { name: disk.name.clone(), datastore: store.name().to_owned(), path });
@@ -322,7 +320,7 @@ impl Agent {
 
     fn space_blockers(&self, places: &[DiskPlacement], manifest: &Manifest) -> Result<Vec<String>, ApiError> {
         let mut blockers = Vec::new();
-        for store in &self.stores {
+        for store in self.stores().iter() {
             let here =
                 places.iter().zip(&manifest.disks).filter(|(place, _)| place.datastore == store.name());
             let need: u64 = here.map(|(_, sums)| sums.data_bytes()).sum();
@@ -337,7 +335,7 @@ impl Agent {
 
     /// Fetches a checkpoint of another host into a directory of this one, every chunk checked.
     async fn fetch(self: &Arc<Self>, host: &str, vm: &str, name: &str) -> Result<PathBuf, ApiError> {
-        let store = self.stores.first().ok_or_else(|| ApiError::conflict("this host has no datastore"))?;
+        let store = &self.default_store()?;
         let dir = self.unfinished(store, vm, &uuid::Uuid::new_v4().to_string());
         let fetched = self.fetch_into(store, &dir, host, vm, name).await;
         if fetched.is_err() {
@@ -351,7 +349,7 @@ impl Agent {
         let (agent, vm) = (self.clone(), vm.to_owned());
         blocking(move || {
             remove_tree(&dir);
-            agent.stores.iter().for_each(|store| remove_empty_dirs(store, &vm));
+            agent.stores().iter().for_each(|store| remove_empty_dirs(store, &vm));
             Ok(())
         })
         .await

@@ -82,7 +82,7 @@ impl Agent {
         }
     }
 
-    fn view_of_journal(&self, name: &str, vm: &VmDir) -> Result<Option<VmView>, ApiError> {
+    pub(super) fn view_of_journal(&self, name: &str, vm: &VmDir) -> Result<Option<VmView>, ApiError> {
         let mut definition = vm.definition()?;
         let error_text = vm.error_text();
         let ended = error_text.clone().or_else(|| self.registry.ended(name));

@@ -4,6 +4,7 @@
 
 pub mod checkpoint;
 pub mod datastores;
+pub mod definitions;
 pub mod estimate;
 pub mod placement;
 pub mod recovery;

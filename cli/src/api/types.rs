@@ -9,6 +9,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
+use super::definitions::CloudInit;
 pub use vmove_compute::process::protocol::{
     DiskDefinition, DiskFormat, DiskPlacement, DiskReport, DowntimeParts, ImageShape, Listening,
     MemoryReport, MoveProgress, MoveReport, NetworkDefinition, Place, Verdict, VmDefinition,
@@ -181,10 +182,13 @@ pub struct CreateVm {
     #[serde(default)]
     #[schema(value_type = Option<String>)]
     pub initrd: Option<PathBuf>,
-    /// Disks that begin as a copy of an image of the same format; the others begin empty.
+    /// Disks that begin with the contents of an image, qcow2 or raw, not larger than they are; the others begin empty.
     #[serde(default)]
     #[schema(value_type = BTreeMap<String, String>)]
     pub images: BTreeMap<String, PathBuf>,
+    /// What cloud-init in the guest shall find, on a disk of its own (`cidata`) behind the others.
+    #[serde(default)]
+    pub cloud_init: Option<CloudInit>,
 }
 
 /// Move a VM. Host, datastore, or both.

@@ -14,6 +14,7 @@ use serde::de::DeserializeOwned;
 use super::{Address, ClientError};
 use crate::api::checkpoint::{CheckpointBegun, CheckpointList, RestoreCheckpoint, TakeCheckpoint};
 use crate::api::datastores::AddDatastore;
+use crate::api::definitions::{EditVm, NewName};
 use crate::api::estimate::{Estimate, EstimateRequest};
 use crate::api::placement::{ClusterInventory, Maintenance, MaintenanceRequest};
 use crate::api::recovery::{HostStanding, RecoveryReport};
@@ -109,6 +110,21 @@ impl Client {
     /// Makes a VM.
     pub async fn create(&self, request: &CreateVm) -> Result<VmSummary, ClientError> {
         self.call(Method::POST, "/v1/vms", Some(request)).await
+    }
+
+    /// Changes a stopped VM.
+    pub async fn edit(&self, vm: &str, edit: &EditVm) -> Result<VmSummary, ClientError> {
+        self.call(Method::PUT, &format!("/v1/vms/{}/definition", segment(vm)), Some(edit)).await
+    }
+
+    /// Gives a stopped VM another name.
+    pub async fn rename(&self, vm: &str, new: &NewName) -> Result<VmSummary, ClientError> {
+        self.call(Method::POST, &format!("/v1/vms/{}/rename", segment(vm)), Some(new)).await
+    }
+
+    /// Copies a stopped VM.
+    pub async fn clone_vm(&self, vm: &str, new: &NewName) -> Result<VmSummary, ClientError> {
+        self.call(Method::POST, &format!("/v1/vms/{}/clone", segment(vm)), Some(new)).await
     }
 
     /// Starts a VM.

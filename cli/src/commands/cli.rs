@@ -12,6 +12,7 @@ use super::checkpoint::{CheckpointArgs, CheckpointsArgs, RestoreArgs};
 use super::console::ConsoleArgs;
 use super::context::ContextCommand;
 use super::create::CreateArgs;
+use super::edit::NewNameArgs;
 use super::estimate::EstimateArgs;
 use super::evacuate::EvacuateArgs;
 use super::generate::GenerateArgs;
@@ -69,6 +70,12 @@ pub enum Command {
     Stop(StopArgs),
     /// Remove a stopped VM and its disks
     Rm(VmArgs),
+    /// Change a stopped VM's definition in $EDITOR
+    Edit(VmArgs),
+    /// Give a stopped VM another name
+    Rename(NewNameArgs),
+    /// Copy a stopped VM: own disks and MAC addresses, the same everything else
+    Clone(NewNameArgs),
     /// List VMs
     Ls(ListArgs),
     /// Show a VM

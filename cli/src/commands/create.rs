@@ -4,12 +4,14 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use super::{CommandError, is_reserved};
+use crate::api::definitions::CloudInit;
 use crate::api::types::{CreateVm, DiskDefinition, DiskFormat, NetworkDefinition, VmDefinition};
 use crate::client::Client;
+use crate::definition::{self, Seed, Written};
 use crate::render::{self, units};
 
-/// Largest definition file that is read, bytes.
-const MAX_DEFINITION: u64 = 1 << 20;
+/// The disk that `--from` makes.
+const FIRST_DISK: &str = "vda";
 
 /// Arguments of `vmove create`.
 #[derive(Debug, Clone, clap::Args)]
@@ -17,12 +19,18 @@ pub struct CreateArgs {
     /// Name of the VM: letters, digits, '.', '_', '-'
     #[arg(required_unless_present = "file")]
     pub name: Option<String>,
-    /// Definition in TOML (name, vcpus, memory_mib, cmdline, disks) instead of the options
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["name", "cmdline", "vcpus", "memory", "disk", "net", "apart"])]
+    /// Definition in TOML instead of the options ('vmove show VM --toml' shows what it looks like); paths in it begin where it is
+    #[arg(short = 'f', long, value_name = "FILE", conflicts_with_all = ["name", "from", "cmdline", "vcpus", "memory", "disk", "net", "apart", "user_data"])]
     pub file: Option<PathBuf>,
-    /// Kernel to boot: an ELF with a PVH note, or a bzImage
+    /// The first disk, vda, is to begin with the contents of this image (qcow2 or raw), as a cloud image
+    #[arg(long, value_name = "IMAGE")]
+    pub from: Option<PathBuf>,
+    /// Its size, if it is to be larger than the image's
+    #[arg(long, value_name = "SIZE", requires = "from", value_parser = bytes)]
+    pub size: Option<u64>,
+    /// Kernel to boot: an ELF with a PVH note, or a bzImage (needed here or in the file)
     #[arg(long, value_name = "FILE")]
-    pub kernel: PathBuf,
+    pub kernel: Option<PathBuf>,
     /// Initial RAM disk
     #[arg(long, value_name = "FILE")]
     pub initrd: Option<PathBuf>,
@@ -44,6 +52,9 @@ pub struct CreateArgs {
     /// A group of VMs of which no host should run two (repeat for more)
     #[arg(long, value_name = "GROUP")]
     pub apart: Vec<String>,
+    /// User data for cloud-init in the guest (#cloud-config and so on), on a read-only disk of its own
+    #[arg(long, value_name = "FILE")]
+    pub user_data: Option<PathBuf>,
     /// Print the new VM as JSON
     #[arg(long)]
     pub json: bool,
@@ -56,6 +67,10 @@ pub struct DiskSpec {
     pub disk: DiskDefinition,
     /// Image it begins as a copy of.
     pub from: Option<PathBuf>,
+}
+
+fn bytes(text: &str) -> Result<u64, String> {
+    units::parse_size(text).map_err(|error| error.to_string())
 }
 
 fn memory_mib(text: &str) -> Result<u64, String> {
@@ -154,41 +169,64 @@ fn image_format(text: &str) -> Result<DiskFormat, String> {
 }
 
 impl CreateArgs {
+    /// What the options say.
+    fn written(&self, name: &str) -> Written {
+        let mut disks: Vec<DiskSpec> = self.disk.clone();
+        if let Some(image) = &self.from {
+            let disk = DiskDefinition {
+                name: FIRST_DISK.to_owned(),
+                format: DiskFormat::Qcow2,
+                size_bytes: self.size.unwrap_or(0),
+                datastore: String::new(),
+                read_only: false,
+            };
+            disks.insert(0, DiskSpec { disk, from: Some(image.clone()) });
+        }
+        let images = disks.iter().filter_map(|spec| Some((spec.disk.name.clone(), spec.from.clone()?)));
+        Written {
+            images: images.collect(),
+            definition: VmDefinition {
+                name: name.to_owned(),
+                vcpus: self.vcpus,
+                memory_mib: self.memory,
+                cmdline: self.cmdline.clone(),
+                cpu_features: Vec::new(),
+                disks: disks.into_iter().map(|spec| spec.disk).collect(),
+                networks: named(&self.net),
+                apart: self.apart.clone(),
+            },
+            kernel: None,
+            initrd: None,
+            cloud_init: self.user_data.clone().map(|user_data| Seed { user_data, ..Seed::default() }),
+        }
+    }
+
     fn request(&self) -> Result<CreateVm, CommandError> {
-        let mut images = BTreeMap::new();
-        let definition = match (&self.file, &self.name) {
-            (Some(file), _) => read_definition(file)?,
-            (None, Some(name)) => {
-                for spec in &self.disk {
-                    if let Some(from) = &spec.from {
-                        images.insert(spec.disk.name.clone(), absolute(from)?);
-                    }
-                }
-                VmDefinition {
-                    name: name.clone(),
-                    vcpus: self.vcpus,
-                    memory_mib: self.memory,
-                    cmdline: self.cmdline.clone(),
-                    cpu_features: Vec::new(),
-                    disks: self.disk.iter().map(|spec| spec.disk.clone()).collect(),
-                    networks: named(&self.net),
-                    apart: self.apart.clone(),
-                }
-            }
+        let (written, base) = match (&self.file, &self.name) {
+            (Some(file), _) => (read_definition(file)?, file.parent().unwrap_or(Path::new("")).to_path_buf()),
+            (None, Some(name)) => (self.written(name), PathBuf::new()),
             (None, None) => return Err(CommandError::Usage("a name or --file is needed".to_owned())),
         };
+        let definition = written.definition;
         if is_reserved(&definition.name) {
             return Err(CommandError::Usage(format!(
                 "'{}' is a command of vmove: 'vmove {} ...' would not reach a VM of this name; choose another",
                 definition.name, definition.name
             )));
         }
-        Ok(CreateVm {
-            definition,
-            kernel: absolute(&self.kernel)?,
-            initrd: self.initrd.as_deref().map(absolute).transpose()?,
-            images,
-        })
+        let given = |option: &Option<PathBuf>, in_file: Option<PathBuf>| {
+            let path = option.clone().or_else(|| Some(base.join(in_file?)));
+            path.as_deref().map(absolute).transpose()
+        };
+        let kernel = given(&self.kernel, written.kernel)?.ok_or_else(|| {
+            CommandError::Usage("a kernel is needed: --kernel, or kernel = in the file".to_owned())
+        })?;
+        let initrd = given(&self.initrd, written.initrd)?;
+        let images = written.images.into_iter();
+        let images = images.map(|(disk, image)| Ok::<_, CommandError>((disk, absolute(&base.join(image))?)));
+        let images = images.collect::<Result<BTreeMap<_, _>, _>>()?;
+        let cloud_init = written.cloud_init.map(|seed| read_seed(&base, seed)).transpose()?;
+        Ok(CreateVm { definition, kernel, initrd, images, cloud_init })
     }
 
     /// Creates the VM and prints its name.
@@ -211,14 +249,27 @@ fn absolute(path: &Path) -> Result<PathBuf, CommandError> {
     std::fs::canonicalize(path).map_err(|error| CommandError::failed(format!("{}: {error}", path.display())))
 }
 
-fn read_definition(path: &Path) -> Result<VmDefinition, CommandError> {
+fn read_definition(path: &Path) -> Result<Written, CommandError> {
+    definition::parse(&read_text(path)?)
+        .map_err(|error| CommandError::failed(format!("{}: {error}", path.display())))
+}
+
+fn read_seed(base: &Path, seed: Seed) -> Result<CloudInit, CommandError> {
+    Ok(CloudInit {
+        user_data: read_text(&base.join(seed.user_data))?,
+        network_config: seed.network_config.map(|path| read_text(&base.join(path))).transpose()?,
+        hostname: seed.hostname,
+    })
+}
+
+/// Reads a file that people wrote.
+fn read_text(path: &Path) -> Result<String, CommandError> {
     let fail = |reason: &dyn std::fmt::Display| CommandError::failed(format!("{}: {reason}", path.display()));
     let length = std::fs::metadata(path).map_err(|error| fail(&error))?.len();
-    if length > MAX_DEFINITION {
-        return Err(fail(&"too large for a VM definition"));
+    if length > definition::MAX_TEXT {
+        return Err(fail(&format!("{length} bytes are too many; at most {} are read", definition::MAX_TEXT)));
     }
-    let text = std::fs::read_to_string(path).map_err(|error| fail(&error))?;
-    toml::from_str(&text).map_err(|error| fail(&error))
+    std::fs::read_to_string(path).map_err(|error| fail(&error))
 }
 
 #[cfg(test)]
@@ -287,14 +338,38 @@ mod tests {
     }
 
     #[test]
-    fn a_definition_file_with_a_mistake_names_line_and_file() -> anyhow::Result<()> {
-        let dir = tempfile::tempdir()?;
+    fn a_definition_file_with_a_mistake_names_line_and_file() {
+        let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("vm.toml");
-        std::fs::write(&path, "name = \"a\"\nmemory_mib = 64\ncolour = 1\n")?;
-        let error = read_definition(&path).err().map(|e| e.to_string()).unwrap_or_default();
+        std::fs::write(&path, "name = \"a\"\nmemory = \"64MiB\"\ncolour = 1\n").unwrap();
+        let error = read_definition(&path).unwrap_err().to_string();
         assert!(error.contains("vm.toml") && error.contains("line 3"), "{error}");
-        std::fs::write(&path, "name = \"a\"\nmemory_mib = 64\n")?;
-        assert!(read_definition(&path).is_ok_and(|vm| vm.vcpus == 1));
-        Ok(())
+        std::fs::write(&path, "name = \"a\"\nmemory = \"64MiB\"\n").unwrap();
+        assert_eq!(read_definition(&path).unwrap().definition.vcpus, 1);
+    }
+
+    #[test]
+    fn paths_in_a_file_begin_where_it_is() {
+        let dir = tempfile::tempdir().unwrap();
+        let at = |name: &str| dir.path().canonicalize().unwrap().join(name);
+        let text = "name = \"a\"\nmemory = \"64MiB\"\nkernel = \"k\"\n[[disks]]\nname = \"vda\"\nimage = \"i.raw\"\n\
+                    [cloud_init]\nuser_data = \"u\"\n";
+        for (name, text) in [("vm.toml", text), ("k", ""), ("i.raw", ""), ("u", "#cloud-config\n")] {
+            std::fs::write(at(name), text).unwrap();
+        }
+        let words = ["create", "-f"].into_iter().map(Into::into).chain([at("vm.toml").into_os_string()]);
+        let create = |more: Vec<std::ffi::OsString>| {
+            let words = std::iter::once("vmove".into()).chain(words.clone()).chain(more);
+            match super::super::parse(words).unwrap().command {
+                super::super::Command::Create(args) => args.request(),
+                other => panic!("{other:?}"),
+            }
+        };
+        let request = create(vec![]).unwrap();
+        assert_eq!((&request.kernel, &request.images["vda"]), (&at("k"), &at("i.raw")));
+        assert_eq!(request.cloud_init.unwrap().user_data, "#cloud-config\n");
+        std::fs::remove_file(at("k")).unwrap();
+        assert!(create(vec![]).unwrap_err().to_string().contains("/k: No such file"));
+        assert_eq!(create(vec!["--kernel".into(), at("i.raw").into()]).unwrap().kernel, at("i.raw"));
     }
 }

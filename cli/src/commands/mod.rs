@@ -11,6 +11,7 @@ mod confirm;
 mod console;
 mod context;
 mod create;
+mod edit;
 mod error;
 mod estimate;
 mod evacuate;
@@ -87,6 +88,9 @@ async fn with_agent(command: Command, client: &Client) -> Result<(), CommandErro
         Command::Start(args) => args.start(client).await,
         Command::Stop(args) => args.run(client).await,
         Command::Rm(args) => args.remove(client).await,
+        Command::Edit(args) => edit::edit(&args, client).await,
+        Command::Rename(args) => args.rename(client).await,
+        Command::Clone(args) => args.clone_vm(client).await,
         Command::Ls(args) => args.run(client).await,
         Command::Show(args) => args.run(client).await,
         Command::Console(args) => args.run(client).await,

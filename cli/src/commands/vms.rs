@@ -82,12 +82,19 @@ pub struct ShowArgs {
     /// Print JSON
     #[arg(long)]
     pub json: bool,
+    /// Print the definition in TOML, as 'vmove create -f' reads it
+    #[arg(long, conflicts_with = "json")]
+    pub toml: bool,
 }
 
 impl ShowArgs {
     /// Prints everything about one VM.
     pub async fn run(&self, client: &Client) -> Result<(), CommandError> {
         let vm = client.vm(&self.vm).await?;
+        if self.toml {
+            render::print(&crate::definition::render(&vm.definition))?;
+            return Ok(());
+        }
         if self.json {
             render::print_json(&vm)?;
             return Ok(());

@@ -165,7 +165,7 @@ pub async fn create(rig: &Rig, agent: &Client, definition: VmDefinition) -> Resu
     std::fs::write(&kernel, vmove_guest_image::GUEST_ELF)
         .map_err(DemoError::io("writing the guest's kernel"))?;
     let name = definition.name.clone();
-    let request = CreateVm { definition, kernel, initrd: None, images: Default::default() };
+    let request = CreateVm { definition, kernel, initrd: None, images: Default::default(), cloud_init: None };
     agent.create(&request).await.map_err(DemoError::client(format!("creating VM {name}")))?;
     agent.start(&name).await.map_err(DemoError::client(format!("starting VM {name}")))
 }

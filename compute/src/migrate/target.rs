@@ -432,7 +432,8 @@ impl Driver {
             })?;
             images::make(&place.path, shape, &task.vm.name, task.generation)
                 .map_err(|error| MoveError::Machine(disk_trouble::at_creation(place, &error)))?;
-            let disk = DiskHandle::open(&place.name, &place.path, images::filling(shape))
+            let read_only = task.vm.disks.iter().any(|disk| disk.name == place.name && disk.read_only);
+            let disk = DiskHandle::open_as(&place.name, &place.path, images::filling(shape), read_only)
                 .map_err(|e| MoveError::Machine(e.to_string()))?;
             self.disks.push(disk);
         }

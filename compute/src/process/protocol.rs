@@ -23,7 +23,7 @@ pub const JOURNAL_FILE: &str = "journal";
 /// Longest accepted control line, bytes.
 pub const MAX_LINE: usize = 1 << 20;
 
-/// What a VM is: the TOML file a user writes, and what travels with a move.
+/// What a VM is: the TOML file its host keeps of it, and what travels with a move.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct VmDefinition {

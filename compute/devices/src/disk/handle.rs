@@ -68,6 +68,16 @@ impl DiskHandle {
     /// Starts a thread for the disk `name` and opens its image there.
     pub fn open(name: &str, image: &Path, options: OpenOptions) -> Result<Self, DeviceError> {
         let read_only = options.read_only;
+        Self::open_as(name, image, options, read_only)
+    }
+
+    /// The same for an image that is written here but, with `read_only`, never by the guest: that of a disk that arrives.
+    pub fn open_as(
+        name: &str,
+        image: &Path,
+        options: OpenOptions,
+        read_only: bool,
+    ) -> Result<Self, DeviceError> {
         let event = || EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC);
         let wake = event().map_err(DeviceError::io(name, "create an event"))?;
         let woken = wake.try_clone().map_err(DeviceError::io(name, "duplicate an event"))?;
@@ -99,7 +109,7 @@ impl DiskHandle {
         self.0.size
     }
 
-    /// Whether the image was opened for reading only.
+    /// Whether the guest may only read.
     pub fn read_only(&self) -> bool {
         self.0.read_only
     }
