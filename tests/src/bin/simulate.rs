@@ -5,7 +5,15 @@ use std::{collections::BTreeMap, process::ExitCode};
 
 use clap::Parser;
 use serde::Serialize;
-use vmove_tests::sim::{Run, campaign::campaign, faults::Kind, minimise::minimise, mutations::Mutation, run};
+use vmove_tests::sim::{
+    Run,
+    campaign::{campaign, direct},
+    faults::Kind,
+    marks,
+    minimise::minimise,
+    mutations::Mutation,
+    run,
+};
 
 /// Worlds of hosts, agents, VM processes, guests, disks and links around the engine, each from one seed, all of them failing.
 #[derive(Parser)]
@@ -88,20 +96,28 @@ fn one(seed: u64, mutation: Option<Mutation>) -> ExitCode {
 }
 
 fn many(args: &Args) -> ExitCode {
-    let tally = campaign(args.first, args.seeds, args.mutation, 100);
-    let hits = tally.marks.all();
+    let mut tally = campaign(args.first, args.seeds, args.mutation, 100);
+    direct(&mut tally);
+    let all = marks::all();
     if args.marks {
-        for (mark, hits) in &hits {
-            println!("{hits:>10}  {mark}");
+        for mark in &all {
+            println!("{:>10}  {mark}", tally.marks.hits(*mark));
         }
     }
+    let (missed, unlisted) = (tally.marks.missed(), tally.marks.unlisted());
+    for mark in &missed {
+        eprintln!("not hit: {mark}");
+    }
+    for mark in &unlisted {
+        eprintln!("in no table: {mark}");
+    }
     let report = Report {
-        seeds: tally.seeds,
+        seeds: tally.worlds,
         violations: tally.violations.len(),
         seconds: tally.time.as_secs_f64(),
-        marks: MarkCount { hit: hits.len(), total: hits.len() },
+        marks: MarkCount { hit: all.len() - missed.len(), total: all.len() },
         faults: tally.faults,
-        failed_seeds: tally.violations.iter().map(|(seed, _)| *seed).collect(),
+        failed_seeds: tally.violations.iter().map(|found| found.seed).collect(),
     };
     if args.json {
         println!("{}", serde_json::to_string(&report).unwrap_or_default());
@@ -110,9 +126,16 @@ fn many(args: &Args) -> ExitCode {
             "{} seeds in {:.1} s ({} happenings, {} moves committed), {} broke a promise",
             report.seeds, report.seconds, tally.happened, tally.committed, report.violations
         );
-        for (seed, violation) in tally.violations.iter().take(20) {
-            println!("seed {seed}: {}: {}", violation.checker, violation.what);
+        for found in tally.violations.iter().take(20) {
+            println!("seed {}: {}: {}", found.seed, found.violation.checker, found.violation.what);
+            if let Some(faults) = &found.faults {
+                println!("  with {faults:?}");
+            }
         }
     }
-    if report.violations == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+    if report.violations == 0 && missed.is_empty() && unlisted.is_empty() {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    }
 }

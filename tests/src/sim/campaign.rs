@@ -1,26 +1,44 @@
-//! Many seeds, on all cores, added up.
+//! Many worlds, on all cores, added up.
 //!
-//! Lives here: what a run of seeds found, and the marks it must have hit. Never enters: what a seed does.
+//! Lives here: what they found, and the marks that they must hit. Never enters: what a world does.
 
 use std::{
     collections::BTreeMap,
     sync::{
         Mutex, PoisonError,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     thread,
     time::{Duration, Instant},
 };
 
-use super::{Run, faults::Kind, marks::Marks, mutations::Mutation, run, world::Violation};
+use super::{
+    Outcome, Run, directed,
+    faults::{Fault, Kind},
+    marks::Marks,
+    mutations::Mutation,
+    run,
+    world::Violation,
+};
 
-/// What many seeds came to.
+/// A world in which a promise was broken.
+#[derive(Debug)]
+pub struct Found {
+    /// Its seed.
+    pub seed: u64,
+    /// Its faults, if they are not those that the seed plans.
+    pub faults: Option<Vec<Fault>>,
+    /// The broken promise.
+    pub violation: Violation,
+}
+
+/// What many worlds came to.
 #[derive(Debug, Default)]
 pub struct Tally {
-    /// Seeds that were run.
-    pub seeds: u64,
+    /// Worlds that were run.
+    pub worlds: u64,
     /// Those that broke a promise.
-    pub violations: Vec<(u64, Violation)>,
+    pub violations: Vec<Found>,
     /// How long it took.
     pub time: Duration,
     /// Faults that struck, by kind.
@@ -34,8 +52,19 @@ pub struct Tally {
 }
 
 impl Tally {
-    fn add(&mut self, other: Self) {
-        self.seeds += other.seeds;
+    fn add(&mut self, seed: u64, faults: Option<Vec<Fault>>, outcome: Outcome) {
+        self.worlds += 1;
+        self.happened += outcome.happened;
+        self.committed += u64::from(outcome.committed);
+        for (kind, count) in outcome.struck {
+            *self.faults.entry(kind).or_default() += count;
+        }
+        self.marks.merge(&outcome.marks);
+        self.violations.extend(outcome.violation.map(|violation| Found { seed, faults, violation }));
+    }
+
+    fn merge(&mut self, other: Self) {
+        self.worlds += other.worlds;
         self.violations.extend(other.violations);
         for (kind, count) in other.faults {
             *self.faults.entry(kind).or_default() += count;
@@ -46,33 +75,65 @@ impl Tally {
     }
 }
 
-/// Runs `count` seeds from `first` on, on all cores; stops early once `enough` of them have broken a promise.
+/// Runs `count` seeds from `first` on; stops early once `enough` of them have broken a promise.
 pub fn campaign(first: u64, count: u64, mutation: Option<Mutation>, enough: usize) -> Tally {
+    let world = |at| (first.wrapping_add(at), None);
+    all_of(count, world, mutation, |tally| tally.violations.len() >= enough)
+}
+
+/// Hits the marks that the seeds of `tally` did not, in worlds directed at them, as far as that goes, and adds those.
+pub fn direct(tally: &mut Tally) {
     let began = Instant::now();
-    let (next, found) = (AtomicU64::new(0), AtomicU64::new(0));
+    for (marks, violation) in directed::strangers() {
+        tally.marks.merge(&marks);
+        tally.violations.extend(violation.map(|violation| Found { seed: 0, faults: None, violation }));
+    }
+    let seeds = tally.marks.clone();
+    let world = directed::worlds();
+    let directed = all_of(
+        directed::count(),
+        |at| {
+            let (seed, faults) = world(at);
+            (seed, Some(faults))
+        },
+        None,
+        |directed| {
+            let missed = seeds.missed();
+            !directed.violations.is_empty() || missed.iter().all(|mark| directed.marks.hits(*mark) > 0)
+        },
+    );
+    let (worlds, time) = (tally.worlds, tally.time);
+    tally.merge(directed);
+    (tally.worlds, tally.time) = (worlds, time + began.elapsed());
+}
+
+fn all_of(
+    count: u64,
+    world: impl Fn(u64) -> (u64, Option<Vec<Fault>>) + Sync,
+    mutation: Option<Mutation>,
+    enough: impl Fn(&Tally) -> bool + Sync,
+) -> Tally {
+    /// Worlds that a thread runs before it adds them to the others'.
+    const TOGETHER: u64 = 32;
+    let began = Instant::now();
+    let (next, over) = (AtomicU64::new(0), AtomicBool::new(false));
     let total = Mutex::new(Tally::default());
     let work = || {
-        let mut mine = Tally::default();
-        loop {
-            let at = next.fetch_add(1, Ordering::Relaxed);
-            if at >= count || found.load(Ordering::Relaxed) >= enough as u64 {
+        while !over.load(Ordering::Relaxed) {
+            let from = next.fetch_add(TOGETHER, Ordering::Relaxed);
+            if from >= count {
                 break;
             }
-            let seed = first.wrapping_add(at);
-            let outcome = run(seed, Run { mutation, ..Run::default() });
-            mine.seeds += 1;
-            mine.happened += outcome.happened;
-            mine.committed += u64::from(outcome.committed);
-            for (kind, count) in outcome.struck {
-                *mine.faults.entry(kind).or_default() += count;
+            let mut mine = Tally::default();
+            for at in from..count.min(from + TOGETHER) {
+                let (seed, faults) = world(at);
+                let outcome = run(seed, Run { faults: faults.clone(), mutation, ..Run::default() });
+                mine.add(seed, faults, outcome);
             }
-            mine.marks.merge(&outcome.marks);
-            if let Some(violation) = outcome.violation {
-                found.fetch_add(1, Ordering::Relaxed);
-                mine.violations.push((seed, violation));
-            }
+            let mut total = total.lock().unwrap_or_else(PoisonError::into_inner);
+            total.merge(mine);
+            over.fetch_or(enough(&total), Ordering::Relaxed);
         }
-        total.lock().unwrap_or_else(PoisonError::into_inner).add(mine);
     };
     thread::scope(|scope| {
         for _ in 0..thread::available_parallelism().map_or(1, usize::from) {
@@ -80,7 +141,7 @@ pub fn campaign(first: u64, count: u64, mutation: Option<Mutation>, enough: usiz
         }
     });
     let mut tally = total.into_inner().unwrap_or_else(PoisonError::into_inner);
-    tally.violations.sort_by_key(|(seed, _)| *seed);
+    tally.violations.sort_by_key(|found| found.seed);
     tally.time = began.elapsed();
     tally
 }

@@ -2,9 +2,11 @@
 //!
 //! | zone | faults | promised then |
 //! |---|---|---|
-//! | process | killed before any action of either engine | before the commit the VM can be started from its disks where it was; after it, it runs at the target |
+//! | process | killed before any action of either engine; a thread or a call of its driver fails | before the commit the VM can be started from its disks where it was, or never stopped; after it, it runs at the target |
+//! | peer | says, before the commit, what it was not asked, or gives up or refuses for no reason | the guest goes on at the source |
 //! | agent | killed, restarted | moves go on or are settled; nothing is forgotten |
 //! | host | power cut with a return, or none until the end | all that was flushed is there; nobody runs rather than two |
+//! | operator | takes the VM over where it is prepared, while its source is gone | one host runs it, the other never again; what the source wrote after it gave the move up is lost, nothing else |
 //! | link | cut for a while, cut for longer than sockets bear, cut one way; connections reset at both ends or first at one | before the commit the guest goes on; after it the target runs the VM once it can ask |
 //! | wire | a bit flipped in pages, in blocks, in heads | found before the commit |
 //! | journal | full, a sync that fails once or always, death between write and sync, a power cut there or a while later | never both endings of one move |
@@ -14,11 +16,18 @@
 //! Lives here: the plan of faults, and striking. Never enters: what is done about them.
 
 use serde::{Deserialize, Serialize};
-use vmove_mirror::wire::hello::Role;
+use vmove_mirror::{
+    source, target,
+    wire::{
+        control::{Arrived, Counters, Proof, SourceMsg, TargetMsg},
+        hello::Role,
+    },
+};
 
 use super::{
     HostId, Pid,
     dice::Dice,
+    process::source::Engine,
     storage::JournalFault,
     world::{Happening, World},
 };
@@ -59,11 +68,14 @@ pub enum Kind {
     ImageFails,
     DiskFull,
     Cancel,
+    DriverFails,
+    Nonsense,
+    TakeOver,
 }
 
 impl Kind {
     /// All of them.
-    pub const ALL: [Self; 21] = [
+    pub const ALL: [Self; 24] = [
         Self::KillProcess,
         Self::KillAgent,
         Self::PowerCut,
@@ -85,6 +97,9 @@ impl Kind {
         Self::ImageFails,
         Self::DiskFull,
         Self::Cancel,
+        Self::DriverFails,
+        Self::Nonsense,
+        Self::TakeOver,
     ];
 }
 
@@ -232,6 +247,65 @@ impl World {
                 if let Some(pid) = self.hosts[acting].process.as_ref().map(|process| process.pid) {
                     self.cancel_process(pid);
                 }
+            }
+            Kind::DriverFails => self.driver_fails(here, size),
+            Kind::Nonsense => self.peer_talks_nonsense(here, size),
+            Kind::TakeOver => self.user.takes_over = true,
+        }
+    }
+
+    /// A thread of a driver has ended, or something it has asked the kernel for was refused.
+    fn driver_fails(&mut self, host: HostId, size: u64) {
+        let Some(process) = self.hosts[host].process.as_ref() else { return };
+        let (pid, is_source, is_target) = (process.pid, process.source.is_some(), process.target.is_some());
+        let link = size % 2 == 1;
+        let why = "the driver fails".to_string();
+        if is_source {
+            self.post_source(
+                pid,
+                if link { source::Event::LinkLost(why) } else { source::Event::Failed(why) },
+            );
+        } else if is_target {
+            self.post_target(
+                pid,
+                if link { target::Event::LinkLost(why) } else { target::Event::Failed(why) },
+            );
+        }
+    }
+
+    /// The other end of a move says what it was not asked. It is connected, and does not lie about the commit: that word is its own.
+    fn peer_talks_nonsense(&mut self, host: HostId, size: u64) {
+        let Some(process) = self.hosts[host].process.as_ref() else { return };
+        let pid = process.pid;
+        let proof =
+            Proof { counters: Counters { data_pages: u64::MAX, ..Counters::default() }, ..Proof::default() };
+        if let Some(mv) = process.source.as_ref().filter(|mv| mv.control.is_some()) {
+            let message = match size % 5 {
+                0 => TargetMsg::Refused { reason: "no reason".into() },
+                1 => TargetMsg::Ready,
+                2 => TargetMsg::RoundAck { round: u32::MAX, damaged: Vec::new() },
+                3 => TargetMsg::Prepared { proof, allocated: Vec::new(), load_us: 0 },
+                _ => TargetMsg::Resumed(Arrived { frames: u64::MAX, operations: Vec::new() }),
+            };
+            if matches!(&mv.engine, Engine::Moving(engine) if engine.phase() < source::Phase::Committing) {
+                self.post_source(pid, source::Event::Target(message));
+            }
+        } else if let Some(mv) = self.hosts[host].process.as_mut().and_then(|process| process.target.as_mut())
+        {
+            let message = match size % 6 {
+                0 => SourceMsg::Abort { reason: "no reason".into() },
+                1 => SourceMsg::Setup { ram_pages: 1, disks: Vec::new(), audit: false },
+                2 => SourceMsg::Resume,
+                3 => SourceMsg::Prepare(proof),
+                4 => SourceMsg::State(Vec::new()),
+                _ => {
+                    mv.wrong_proof = true;
+                    return;
+                }
+            };
+            let journaled = mv.inbox.iter().any(|event| matches!(event, target::Event::Journaled));
+            if mv.is_connected() && mv.engine.phase() <= target::Phase::Preparing && !journaled {
+                self.post_target(pid, target::Event::Source(message));
             }
         }
     }

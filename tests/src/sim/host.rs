@@ -75,6 +75,8 @@ pub struct Host {
     pub dir: Option<VmDir>,
     /// Reports of moves from here that outlived the directory: whether the VM left.
     pub archive: BTreeMap<MoveId, bool>,
+    /// Moves by which a VM that has gone on since was taken over here, and at which generation.
+    pub taken: BTreeMap<MoveId, u64>,
     /// Its agent.
     pub agent: Agent,
     /// The VM process.
@@ -95,6 +97,7 @@ impl Host {
             images: BTreeMap::new(),
             dir: None,
             archive: BTreeMap::new(),
+            taken: BTreeMap::new(),
             agent: Agent::default(),
             process: None,
             disk_trouble: None,

@@ -9,6 +9,7 @@
 //! | [`agent`], [`user`] | agents around a move and after a crash; the one who orders moves |
 //! | [`faults`] | what may fail where, and what is promised then |
 //! | [`checkers`] | the promises, one a file |
+//! | [`campaign`], [`directed`] | many worlds; those that lead to what chance seldom does |
 //! | [`marks`], [`mutations`] | what was hit; rules broken on purpose |
 //! | [`dice`] | chance |
 //!
@@ -19,6 +20,7 @@ pub mod agent;
 pub mod campaign;
 pub mod checkers;
 pub mod dice;
+pub mod directed;
 pub mod faults;
 pub mod host;
 pub mod marks;

@@ -2,11 +2,15 @@
 //!
 //! Lives here: what somebody with the command line does. Never enters: what the agents make of it.
 
-use vmove_mirror::journal::{DiskAt, MoveId, Standing};
+use vmove_mirror::{
+    journal::{DiskAt, MoveId, Record, Standing, TAKE_OVER_STEP},
+    recovery::{Question, question},
+    target,
+};
 
 use super::{
     HostId,
-    agent::moves::Draft,
+    agent::{moves::Draft, number},
     process::{Run, source::Order},
     world::{Happening, World},
 };
@@ -33,6 +37,10 @@ pub struct User {
     pub committed: u32,
     /// When the current order was given.
     since: u64,
+    /// Takes the VM over where that is possible.
+    pub takes_over: bool,
+    /// Has done so.
+    pub took_over: bool,
 }
 
 impl User {
@@ -43,7 +51,7 @@ impl User {
 
     /// Wants some moves now, whatever was before.
     pub fn wants(&mut self, moves: u32) {
-        *self = Self { wanted: moves, orders: self.orders, committed: self.committed, ..Self::default() };
+        (self.wanted, self.tries, self.current, self.last) = (moves, 0, None, None);
     }
 }
 
@@ -51,6 +59,15 @@ impl World {
     /// The user looks and does what is next.
     pub fn user_acts(&mut self) {
         self.after(if self.user.wanted > 0 { LOOK } else { 10 * LOOK }, Happening::User);
+        if self.user.takes_over {
+            self.take_over();
+        }
+        for host in 0..self.hosts.len() {
+            let it = &self.hosts[host];
+            if self.user.took_over && it.agent.up && it.agent.busy.is_none() && it.process.is_none() {
+                self.discard_lost(host);
+            }
+        }
         self.start_what_has_stopped();
         let now = self.now;
         let running = self.hosts.iter().position(|host| {
@@ -93,6 +110,64 @@ impl World {
                 return self.agent_starts_vm(host);
             }
         }
+    }
+
+    /// Makes a host the owner of a VM whose other host is gone for ever, as `vmove recover --take-ownership` does: only while every third
+    /// host answers that it has nothing of the VM.
+    fn take_over(&mut self) {
+        let of = |wanted: fn(&super::host::Host) -> bool| -> Vec<HostId> {
+            self.hosts.iter().filter(|host| wanted(host)).map(|host| host.id).collect()
+        };
+        let (gone, silent, held) = (
+            of(|host| host.gone),
+            of(|host| !host.gone && !host.agent.up),
+            of(|host| !host.gone && host.dir.is_some()),
+        );
+        let ([gone], [], [here]) = (&gone[..], &silent[..], &held[..]) else { return };
+        let it = &self.hosts[*here];
+        let Some(dir) = it.dir.as_ref().filter(|_| it.agent.busy.is_none()) else { return };
+        let journal = dir.look();
+        let (generation, disks, arrived) = match journal.standing() {
+            Standing::Incoming { generation, disks, prepared: true, .. } => {
+                (*generation, disks.clone(), true)
+            }
+            Standing::Owner { generation, disks } => (*generation, disks.clone(), false),
+            _ => return,
+        };
+        let Some(Question::Verdict { host, move_id } | Question::Holding { host, move_id }) =
+            question(&journal)
+        else {
+            return;
+        };
+        if number(host) != Some(*gone) {
+            return;
+        }
+        let (here, move_id) = (*here, move_id.clone());
+        let process = it.process.as_ref().map(|process| {
+            let waits = |mv: &super::process::target::TargetMove| {
+                matches!(mv.engine.phase(), target::Phase::Prepared | target::Phase::Undecided)
+            };
+            (process.pid, process.target.as_deref().is_some_and(waits))
+        });
+        if process.is_some_and(|(_, waits)| !waits) {
+            return;
+        }
+        self.note(|| format!("USER takes the VM over on host {here}"));
+        if arrived {
+            self.check_taken_over(here, &move_id, &disks);
+        }
+        if let Some((pid, _)) = process {
+            self.post_target(pid, target::Event::TakeOver);
+        } else {
+            let generation = generation + TAKE_OVER_STEP;
+            if !self.agent_appends(here, &Record::TakenOver { move_id, generation, disks }) {
+                return;
+            }
+            if arrived {
+                self.agent_boots(here);
+            }
+        }
+        (self.user.takes_over, self.user.took_over) = (false, true);
     }
 
     fn order_one(&mut self, host: HostId) {

@@ -47,8 +47,11 @@ pub enum Ask {
         /// The move.
         move_id: MoveId,
     },
-    /// What do you hold of the VM?
-    Holding,
+    /// What do you hold of the VM, after this move of it to you?
+    Holding {
+        /// The move.
+        move_id: MoveId,
+    },
 }
 
 /// What is answered.
@@ -173,7 +176,7 @@ impl World {
             Ask::Start { move_id } => self.start_incoming(from, here, &move_id),
             Ask::Discard { move_id } => self.discard_incoming(from, here, &move_id),
             Ask::Verdict { move_id } => Answer::Word(self.verdict(from, here, &move_id)),
-            Ask::Holding => Answer::Holds(self.holds(here)),
+            Ask::Holding { move_id } => Answer::Holds(self.holds(here, &move_id)),
         }
     }
 

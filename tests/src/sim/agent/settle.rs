@@ -6,13 +6,13 @@
 use vmove_compute::migrate::VmJournal;
 use vmove_mirror::{
     journal::{DiskAt, Journal, MoveId, Record, Standing, Verdict},
-    recovery::{Holding, PeerAnswer, Question, Settlement, holding, question, settle},
+    recovery::{Holding, PeerAnswer, Question, Row, Settlement, holding, question, settle},
     target,
 };
 use vmove_storage::{OwnerState, journal_file};
 
 use super::{
-    super::{HostId, Pid, host::Start, world::World},
+    super::{HostId, Pid, host::Start, marks::Mark, mutations::Mutation, world::World},
     BUSY_INTERVAL, Busy, LAST_GAP, Task, number,
     rpc::{Answer, Ask, SHORT, Then},
 };
@@ -33,7 +33,7 @@ impl World {
         let (other, asked) = match question(&journal) {
             None => return self.carry_out(host, &journal, PeerAnswer::NotAsked, gap),
             Some(Question::Verdict { host, move_id }) => (host, Ask::Verdict { move_id: move_id.clone() }),
-            Some(Question::Holding { host, .. }) => (host, Ask::Holding),
+            Some(Question::Holding { host, move_id }) => (host, Ask::Holding { move_id: move_id.clone() }),
         };
         let Some(other) = number(other) else { return };
         let left = match journal.standing() {
@@ -50,8 +50,10 @@ impl World {
     /// Another host has said what was asked, or could not be asked.
     pub fn settle_answered(&mut self, host: HostId, answer: Option<Answer>, mut left: Vec<HostId>, gap: u64) {
         let owned = matches!(answer, Some(Answer::Holds(Holding::Owner { .. })));
-        if let Some(next) = left.pop().filter(|_| !owned) {
-            return self.ask(host, next, Ask::Holding, SHORT, Then::Settle { left, gap });
+        if let Some(next) = left.pop().filter(|_| !owned)
+            && let Some(Standing::Committed { move_id, .. }) = self.stands(host)
+        {
+            return self.ask(host, next, Ask::Holding { move_id }, SHORT, Then::Settle { left, gap });
         }
         let it = &mut self.hosts[host];
         it.agent.busy = None;
@@ -72,9 +74,10 @@ impl World {
     fn carry_out(&mut self, host: HostId, journal: &Journal, answer: PeerAnswer, gap: u64) {
         let standing = journal.standing();
         let settlement = settle(standing, answer);
-        self.marks.settled(standing, answer);
+        self.marks.hit(Mark::Settled(Row::of(journal, answer)));
         self.note(|| {
-            format!("host {host}: settles {}: {settlement:?}", super::super::marks::standing_name(standing))
+            let Row { here, heard } = Row::of(journal, answer);
+            format!("host {host}: settles {here:?}, heard {heard:?}: {settlement:?}")
         });
         let soon = Task::Settle { gap };
         let record = match (settlement, standing, journal.open_ends().first(), answer) {
@@ -151,6 +154,9 @@ impl World {
     /// Reads the journal of a VM without a process: what the process wrote and did not sync is made durable first, or this fails.
     fn agent_reads(&mut self, host: HostId) -> Option<Journal> {
         let dir = self.hosts[host].dir.as_ref()?;
+        if self.mutation == Some(Mutation::BelieveUnsynced) {
+            return Some(dir.look());
+        }
         let fold = VmJournal::open_at(dir.journal.clone()).map(|journal| journal.fold().clone());
         if dir.journal.struck().is_some() {
             self.agent_dies(host);
@@ -161,7 +167,7 @@ impl World {
     }
 
     /// Appends a record with nobody else at the journal.
-    fn agent_appends(&mut self, host: HostId, record: &Record) -> bool {
+    pub fn agent_appends(&mut self, host: HostId, record: &Record) -> bool {
         let Some(dir) = &self.hosts[host].dir else { return false };
         let appended =
             VmJournal::open_at(dir.journal.clone()).map(|mut journal| journal.append(record).is_ok());
@@ -174,9 +180,21 @@ impl World {
         appended.unwrap_or(false)
     }
 
-    /// What this host holds of the VM.
-    pub fn holds(&self, here: HostId) -> Holding {
-        self.hosts[here].dir.as_ref().map_or(Holding::Nothing, |dir| holding(dir.look().standing()))
+    fn stands(&self, host: HostId) -> Option<Standing> {
+        Some(self.hosts[host].dir.as_ref()?.look().standing().clone())
+    }
+
+    /// What this host holds of the VM. That it was taken over here is never forgotten: a source that comes back must learn of it.
+    pub fn holds(&self, here: HostId, id: &MoveId) -> Holding {
+        let held = self.stands(here).as_ref().map_or(Holding::Nothing, holding);
+        let by_journal = self.records(here).into_iter().find_map(|record| match record {
+            Record::TakenOver { move_id, generation, .. } if move_id == *id => Some(generation),
+            _ => None,
+        });
+        match (held, by_journal.or_else(|| self.hosts[here].taken.get(id).copied())) {
+            (Holding::Nothing, Some(generation)) => Holding::Owner { generation },
+            (held, _) => held,
+        }
     }
 
     /// Removes what is here of a VM that is not this host's: images, directory. Reports of moves are kept.
@@ -198,11 +216,30 @@ impl World {
                 }
             }
         }
+        self.forget(host);
+    }
+
+    fn forget(&mut self, host: HostId) {
+        for record in self.records(host) {
+            if let Record::TakenOver { move_id, generation, .. } = record {
+                self.hosts[host].taken.insert(move_id, generation);
+            }
+        }
         let it = &mut self.hosts[host];
         if let Some(dir) = it.dir.take() {
             it.archive.extend(dir.reports);
         }
         self.note(|| format!("host {host}: nothing of the VM is left here"));
+    }
+
+    /// Removes what is kept of a VM that was taken over from this host, by its user's word (`vmove recover --discard`).
+    pub fn discard_lost(&mut self, host: HostId) {
+        let Some(dir) = &self.hosts[host].dir else { return };
+        let Standing::Lost { disks, .. } = dir.look().standing().clone() else { return };
+        for at in disks {
+            self.hosts[host].images.remove(&at.path);
+        }
+        self.forget(host);
     }
 
     fn records(&self, host: HostId) -> Vec<Record> {
@@ -275,7 +312,9 @@ impl World {
         };
         it.dir.as_ref().is_some_and(incoming)
             && disks.iter().any(|at| {
-                it.images.get(&at.path).and_then(|i| i.stamp) == Some((*generation, OwnerState::Incoming))
+                // A take-over has raised the generation meanwhile.
+                let stamp = it.images.get(&at.path).and_then(|i| i.stamp);
+                matches!(stamp, Some((arrived, OwnerState::Incoming)) if arrived <= *generation)
             })
     }
 

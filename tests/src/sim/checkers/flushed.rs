@@ -145,6 +145,16 @@ impl Flushed {
         self.order += 1;
     }
 
+    /// The VM is taken over with these contents: what was written elsewhere since they were made is lost by the operator's word.
+    pub fn taken_over(&mut self, disk: usize, contents: &[u64]) {
+        let now = self.next();
+        for (found, writes) in contents.iter().zip(&mut self.disks[disk]) {
+            let value = read_as(*found);
+            *writes = vec![Write { by: (0, 0), value, issued: now, done: Some(now + 1), sure: true }];
+        }
+        self.order += 1;
+    }
+
     /// Sectors whose contents can be no state that a crash may leave.
     fn impossible(&self, disk: usize, contents: &[u64]) -> Option<usize> {
         contents.iter().zip(&self.disks[disk]).position(|(found, writes)| {

@@ -11,7 +11,7 @@ use vmove_mirror::{
 use vmove_storage::OwnerState;
 
 use super::{
-    super::{HostId, Pid, world::World},
+    super::{HostId, Pid, marks::Mark, world::World},
     Process, Run,
     machine::Gate,
     source::{Do, Engine},
@@ -30,7 +30,7 @@ impl World {
         mv.engine = Engine::Committed(Box::new(committed));
         mv.committed_at = now;
         mv.todo = actions.into_iter().map(Do::After).collect();
-        self.marks.committed();
+        self.marks.hit(Mark::Committed);
         self.note(|| format!("process {pid}: COMMITTED"));
     }
 
@@ -58,14 +58,19 @@ impl World {
 
     fn after_step(&mut self, pid: Pid, event: CommittedEvent) {
         let now = self.now;
-        let kind = super::super::marks::committed_kind(&event);
+        let kind = match &event {
+            CommittedEvent::Running { .. } => "Running",
+            CommittedEvent::Pivoted => "Pivoted",
+            CommittedEvent::LinkLost => "LinkLost",
+            CommittedEvent::Journaled => "Journaled",
+        };
         let Some(Process { source: Some(mv), .. }) = self.process(pid) else { return };
         let Engine::Committed(committed) = &mut mv.engine else { return };
         let actions = committed.step(now, event);
         let some = !actions.is_empty();
         mv.todo.extend(actions.into_iter().map(Do::After));
         if some {
-            self.marks.after(kind);
+            self.marks.hit(Mark::After(kind));
         }
     }
 

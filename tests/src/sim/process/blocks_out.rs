@@ -113,11 +113,8 @@ impl World {
     pub fn mirror_step(&mut self, pid: Pid, disk: usize, event: Event) {
         let Some(Process { machine: Some(machine), .. }) = self.process(pid) else { return };
         let Some(tap) = machine.disks[disk].tap.as_mut() else { return };
-        let before = tap.mirror.state();
-        let kind = super::super::marks::block_kind(&event);
         let actions = tap.mirror.step(event);
-        let (after, index) = (tap.mirror.state(), tap.index);
-        self.marks.block(before, kind, after);
+        let index = tap.index;
         for action in actions {
             match action {
                 Action::Local { id } => self.local_part(pid, id),

@@ -13,6 +13,7 @@ use super::{
     super::{
         HostId, Pid,
         host::{Launch, Start},
+        mutations::Mutation,
         storage::{Image, JournalFault},
         world::{Happening, World},
     },
@@ -201,8 +202,12 @@ impl World {
 
     /// The source's word on a move, as its process gives it; a target that asks cannot hear it, so the move is given up.
     pub fn process_verdict(&mut self, pid: Pid, id: &MoveId) -> Verdict {
+        let hasty = self.mutation == Some(Mutation::AbortUnjournalled);
         let Some(process) = self.process(pid) else { return Verdict::Moving };
         let answer = process.journal.fold().verdict(id);
+        if answer == Verdict::Moving && hasty {
+            return Verdict::Aborted;
+        }
         if answer == Verdict::Moving {
             if process.source.is_some() {
                 self.post_source(pid, source::Event::LinkLost("the target has asked how it ended".into()));

@@ -21,6 +21,7 @@ use super::{
     super::{
         HostId, Pid,
         faults::Side,
+        marks::Mark,
         mutations::Mutation,
         net::{ConnId, Packet},
         world::{Happening, World},
@@ -222,16 +223,15 @@ impl World {
         let Some(mv) = self.source_move(pid) else { return };
         match &mut mv.engine {
             Engine::Moving(engine) => {
-                let (before, kind) = (engine.phase(), super::super::marks::source_kind(&event));
                 let actions = engine.step(now, event);
-                let after = engine.phase();
+                let went = engine.went().to_vec();
                 mv.todo.extend(actions.into_iter().map(Do::Move));
-                if before != after {
-                    self.note(|| format!("process {pid}: source {before:?} -> {after:?} on {kind}"));
-                }
-                self.marks.source(before, kind, after);
-                if after == Phase::Committing && before != after {
-                    self.remember_switch(pid);
+                for (from, why, to) in went {
+                    self.note(|| format!("process {pid}: source {from:?} -{why:?}-> {to:?}"));
+                    self.marks.hit(Mark::Source((from, why, to)));
+                    if matches!(to, Phase::Preparing | Phase::Committing) {
+                        self.remember_switch(pid, to == Phase::Committing);
+                    }
                 }
             }
             Engine::Committed(_) => self.after_event(pid, event),

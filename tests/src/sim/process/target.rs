@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, VecDeque};
 
 use vmove_mirror::{
     digest,
-    journal::{DiskAt, MoveId},
+    journal::{DiskAt, MoveId, Standing},
     target::{Action, Event, Phase, Target, TargetPlan},
     wire::{
         control::{self, Arrived, Counters, DiskSetup, Proof, SourceMsg, TargetMsg},
@@ -19,6 +19,7 @@ use super::{
     super::{
         HostId, Pid,
         faults::Side,
+        marks::Mark,
         mutations::Mutation,
         net::{ConnId, Packet},
         world::{Happening, World},
@@ -93,6 +94,8 @@ pub struct TargetMove {
     deadline: Option<u64>,
     /// Whether the arrival waits for the source's word, and cannot hear it.
     pub undecided: bool,
+    /// The source's proof will be another than it made.
+    pub wrong_proof: bool,
     /// Guest memory.
     pub ram: Vec<u64>,
     /// The page stream.
@@ -101,6 +104,13 @@ pub struct TargetMove {
     pub arrivals: Vec<BlocksIn>,
     /// The state that was loaded.
     pub state: Option<Vec<u8>>,
+}
+
+impl TargetMove {
+    /// Whether the source is heard.
+    pub fn is_connected(&self) -> bool {
+        !self.conns.is_empty()
+    }
 }
 
 fn slot(role: Role) -> u8 {
@@ -144,6 +154,7 @@ impl World {
             held: Vec::new(),
             deadline: None,
             undecided: false,
+            wrong_proof: false,
             ram: vec![0; pages as usize],
             pages: PagesIn::new(pages),
             arrivals: Vec::new(),
@@ -177,14 +188,13 @@ impl World {
                 }
             }
             let Some(mv) = self.target_move(pid) else { return };
-            let (before, kind) = (mv.engine.phase(), super::super::marks::target_kind(&event));
             mv.todo.extend(mv.engine.step(event));
-            let after = mv.engine.phase();
+            let went = mv.engine.went().to_vec();
             self.held_again(pid);
-            if before != after {
-                self.note(|| format!("process {pid}: target {before:?} -> {after:?} on {kind}"));
+            for (from, why, to) in went {
+                self.note(|| format!("process {pid}: target {from:?} -{why:?}-> {to:?}"));
+                self.marks.hit(Mark::Target((from, why, to)));
             }
-            self.marks.target(before, kind, after);
         } else {
             mv.turning = false;
             return;
@@ -272,6 +282,10 @@ impl World {
                 let Some(process) = self.process(pid) else { return };
                 process.target = None;
                 process.run = Run::Running;
+                // A take-over has raised it.
+                if let Standing::Owner { generation, .. } = process.journal.standing() {
+                    process.generation = *generation;
+                }
                 let (generation, disks) = (process.generation, process.disks.clone());
                 for at in &disks {
                     if let Some(image) = self.hosts[host].images.get_mut(&at.path) {
@@ -495,7 +509,13 @@ impl World {
 
     /// A message of the source.
     pub fn target_hears(&mut self, pid: Pid, head: &[u8]) {
+        let wrong = self.target_move(pid).is_some_and(|mv| mv.wrong_proof);
         match control::decode::<SourceMsg>(head) {
+            Ok(SourceMsg::Prepare(proof)) if wrong => {
+                let counters = Counters { data_pages: proof.counters.data_pages + 1, ..proof.counters };
+                let proof = Proof { counters, ..proof };
+                self.post_target(pid, Event::Source(SourceMsg::Prepare(proof)));
+            }
             Ok(message) => self.post_target(pid, Event::Source(message)),
             Err(error) => self.post_target(pid, Event::Failed(error.to_string())),
         }
