@@ -14,7 +14,7 @@ const SEARCHED_VMS: usize = 10;
 const SEARCHED_HOSTS: usize = 16;
 /// Steps of a search.
 const SEARCH_STEPS: usize = 300_000;
-/// Attempts to make room for one VM by moving another one.
+/// Second places that are looked at to make room by moving another VM, for all VMs of a plan together.
 const PUSHES: usize = 20_000;
 
 /// The plan that empties the hosts `leave`; none in `to`: to all others.
@@ -87,13 +87,14 @@ fn push(
         if *pushes == 0 {
             return false;
         }
-        *pushes -= 1;
         let pushed = choices[at].clone();
         room.give_back(&pushed);
         if let Some(choice) = room.first(vm, pushed.host) {
             room.take(&choice);
-            let others = candidates.iter().filter(|host| **host != pushed.host);
-            if let Some(second) = others.into_iter().find_map(|host| room.first(pushed.vm, *host)) {
+            let left = *pushes;
+            let others = candidates.iter().filter(|host| **host != pushed.host).take(left);
+            let mut looked_at = others.inspect(|_| *pushes -= 1);
+            if let Some(second) = looked_at.find_map(|host| room.first(pushed.vm, *host)) {
                 room.take(&second);
                 choices[at] = second;
                 choices.push(choice);
