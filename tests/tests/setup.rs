@@ -1,4 +1,4 @@
-//! From bare machines to a VM that moves, as a newcomer types it: the very lines of the README. And what a newcomer may get wrong: clear
+//! From bare machines to an emptied one, as a newcomer types it: the very lines of the README. And what a newcomer may get wrong: clear
 //! words, nothing half done.
 
 use std::path::Path;
@@ -67,7 +67,7 @@ fn the_readme_is_typed_on_bare_machines_and_mistakes_do_no_harm() {
         }
     }
     until("the VM going on", || {
-        left.types("vmove show web").stdout.contains("web is running on right").then_some(())
+        left.types("vmove show web").stdout.contains("web is running on left").then_some(())
     });
     let hosts = left.types("vmove host ls").ok();
     for word in
