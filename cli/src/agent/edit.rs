@@ -91,6 +91,7 @@ impl Agent {
 
     /// Makes a copy of a VM that does not run: own disks, own MAC addresses, same everything else.
     pub async fn clone_vm(self: &Arc<Self>, name: &str, new: &str) -> Result<VmSummary, ApiError> {
+        self.refuse_in_maintenance()?;
         let (reservation, view) = self.reserve_stopped(name, "being cloned").await?;
         let cloned = self.reserve_new(new).await?;
         let agent = self.clone();

@@ -154,8 +154,10 @@ impl Way {
     /// What streams of a move reach where a probe has reached `probe`.
     fn span(&self, probe: Option<u64>) -> Span<u64> {
         let probe = probe.unwrap_or(1);
+        // The rate is another agent's word: it may be anything.
+        let share = |rate: u64, percent: u64| (rate / 100).saturating_mul(percent);
         let of =
-            |rate: u64, span: Span<u64>| Span { low: rate / 100 * span.low, high: rate / 100 * span.high };
+            |rate: u64, span: Span<u64>| Span { low: share(rate, span.low), high: share(rate, span.high) };
         let free = of(probe, OF_PROBE);
         match self.cap {
             Some(cap) => {
@@ -201,7 +203,7 @@ fn measured(plan: &MovePlan, seen: &Measurement, way: &Way) -> Measured {
         memory_link: way.span(way.link),
         disk_link: way.span(way.disk),
         round_trip: way.round_trip.unwrap_or_default().as_micros() as Micros,
-        sync: Span { low: seen.sync_us.0 / 4, high: seen.sync_us.1 * 3 },
+        sync: Span { low: seen.sync_us.0 / 8, high: seen.sync_us.1 * 3 },
     }
 }
 
@@ -246,5 +248,20 @@ fn rates(seen: &Measurement, measured: &Measured, way: &Way) -> MeasuredRates {
         link_bytes_per_s: way.link,
         disk_bytes_per_s: way.disk,
         round_trip_us: way.round_trip.map(|time| time.as_micros() as u64),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_rate_that_cannot_be_is_no_panic() {
+        for probe in [0, u64::MAX] {
+            for cap in [None, Some(0), Some(u64::MAX)] {
+                let span = Way { cap, ..Way::default() }.span(Some(probe));
+                assert!(span.low <= span.high, "{span:?}");
+            }
+        }
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! Lives here: sending and swallowing them, within limits of bytes, time and number. Never enters: what is made of the figures.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use axum::body::{Body, Bytes};
@@ -10,7 +10,8 @@ use futures_util::{StreamExt, stream};
 use http_body_util::BodyExt;
 use hyper::Method;
 use tokio::fs::{File, OpenOptions};
-use tokio::io::AsyncWriteExt;
+use tokio::io::{AsyncSeekExt, AsyncWriteExt};
+use vmove_storage::Datastore;
 
 use super::Agent;
 use super::error::ApiError;
@@ -21,6 +22,8 @@ use crate::api::estimate::ProbeAnswer;
 const CHUNK: usize = 256 << 10;
 /// Most bytes of one probe.
 const MAX_BYTES: u64 = 1 << 30;
+/// Of what is free in a datastore, a probe takes at most one part of this many: running guests need the rest.
+const SHARE: u64 = 8;
 /// How long a probe goes on at most.
 const TIME: Duration = Duration::from_millis(700);
 /// Short calls made to learn the round trip; the quickest counts.
@@ -73,7 +76,7 @@ impl Agent {
 
     /// Bytes a second into a datastore of this host.
     pub(super) async fn probe_store(&self, datastore: &str) -> Result<u64, ApiError> {
-        let mut sink = Sink::open(self.store(datastore)?.path()).await?;
+        let mut sink = Sink::open(&self.store(datastore)?).await?;
         let chunk = noise();
         let began = Instant::now();
         while began.elapsed() < TIME && sink.bytes < MAX_BYTES {
@@ -94,7 +97,7 @@ impl Agent {
             .try_lock()
             .map_err(|_| ApiError::busy("another probe is going on at this host; try again in a second"))?;
         let mut sink = match datastore {
-            Some(name) => Some(Sink::open(self.store(name)?.path()).await?),
+            Some(name) => Some(Sink::open(&self.store(name)?).await?),
             None => None,
         };
         let swallow = async {
@@ -137,19 +140,27 @@ fn noise() -> Vec<u8> {
 struct Sink {
     file: File,
     dir: PathBuf,
+    /// Bytes written in all.
     bytes: u64,
+    /// Bytes after which it begins again at its start.
+    room: u64,
 }
 
 impl Sink {
-    async fn open(dir: &Path) -> Result<Self, ApiError> {
+    async fn open(store: &Datastore) -> Result<Self, ApiError> {
+        let (dir, room) = (store.path(), (store.free_bytes()? / SHARE).max(CHUNK as u64));
         let mut options = OpenOptions::new();
         options.write(true).custom_flags(nix::libc::O_TMPFILE);
         let file = options.open(dir).await.map_err(|e| ApiError::io("write a probe in", dir, &e))?;
-        Ok(Self { file, dir: dir.to_owned(), bytes: 0 })
+        Ok(Self { file, dir: dir.to_owned(), bytes: 0, room })
     }
 
     async fn write(&mut self, bytes: &[u8]) -> Result<(), ApiError> {
-        self.bytes += bytes.len() as u64;
+        let after = self.bytes + bytes.len() as u64;
+        if self.bytes / self.room != after / self.room {
+            self.file.rewind().await.map_err(|e| ApiError::io("write a probe in", &self.dir, &e))?;
+        }
+        self.bytes = after;
         self.file.write_all(bytes).await.map_err(|e| ApiError::io("write a probe in", &self.dir, &e))
     }
 
