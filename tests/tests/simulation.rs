@@ -1,43 +1,26 @@
-//! The simulator over a range of seeds and all that were kept; rules broken on purpose are noticed.
+//! The simulator over fresh seeds and all that were kept; rules broken on purpose are noticed.
 
 use std::{fs, path::Path};
 
-use serde::Deserialize;
 use vmove_tests::sim::{
     Run,
     campaign::{campaign, direct},
-    faults::Fault,
+    kept::Kept,
     marks::Mark,
     minimise::minimise,
     mutations::Mutation,
     run,
 };
 
-/// Seeds a run.
+/// Fresh seeds a run.
 const SEEDS: u64 = 2_000;
-/// The first of them. The same ones each time while a seed that breaks a promise is open (`fixtures/seeds/open`): chance must not decide
-/// whether a change is good. `simulate` runs fresh ones.
-const FIRST: u64 = 10_000;
 
-/// A rule whose breaking no world here brings to light yet.
-const NOT_SHOWN: [Mutation; 1] = [Mutation::BelieveUnsynced];
-
-/// A seed that once broke a promise.
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Kept {
-    /// What it found.
-    found: String,
-    seed: u64,
-    /// The faults it takes; those that the seed plans, if there are none here.
-    faults: Option<Vec<Fault>>,
-}
-
-/// No transition happens that is in no table, and no row of the failure table is used that cannot come up.
+/// Every row of the engines' tables of transitions and of the failure table is gone through, and nothing happens that is in no table.
 #[test]
 fn seeds_break_no_promise_and_keep_to_the_tables() {
-    println!("simulate --first {FIRST} --seeds {SEEDS}");
-    let mut tally = campaign(FIRST, SEEDS, None, 3);
+    let first = fastrand::u64(..1 << 40);
+    println!("simulate --first {first} --seeds {SEEDS}");
+    let mut tally = campaign(first, SEEDS, None, |tally| tally.violations.len() >= 3);
     assert!(
         tally.committed > SEEDS && tally.faults.len() > 15,
         "the worlds are too quiet: {:?}",
@@ -60,8 +43,7 @@ fn seeds_break_no_promise_and_keep_to_the_tables() {
     assert!(failed.is_empty(), "{}", failed.join("\n"));
     let named = |marks: Vec<Mark>| marks.iter().map(ToString::to_string).collect::<Vec<_>>();
     assert_eq!(named(tally.marks.unlisted()), [""; 0], "these happened and are in no table");
-    // Not asserted yet: that directed worlds reach every mark has not been seen. `simulate` fails if one was not hit.
-    println!("in a table and not seen to happen: {:?}", named(tally.marks.missed()));
+    assert_eq!(named(tally.marks.missed()), [""; 0], "these are in a table and did not happen");
 }
 
 #[test]
@@ -69,11 +51,7 @@ fn kept_seeds_break_no_promise() {
     let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../fixtures/seeds");
     let mut kept = 0;
     for entry in fs::read_dir(&dir).unwrap().map(Result::unwrap) {
-        if entry.path().extension().is_none_or(|extension| extension != "toml") {
-            continue;
-        }
-        let Kept { found, seed, faults } =
-            toml::from_str(&fs::read_to_string(entry.path()).unwrap()).unwrap();
+        let Kept { found, seed, faults } = Kept::read(&entry.path()).unwrap();
         let outcome = run(seed, Run { faults, ..Run::default() });
         assert_eq!(outcome.violation, None, "{} is back: {found}", entry.path().display());
         kept += 1;
@@ -94,7 +72,7 @@ fn a_seed_gives_the_same_world_each_time() {
 #[test]
 fn broken_rules_are_noticed() {
     let mut unnoticed = Vec::new();
-    for mutation in Mutation::ALL.into_iter().filter(|mutation| !NOT_SHOWN.contains(mutation)) {
+    for mutation in Mutation::ALL {
         let noticed = mutation.provoked_by().find_map(|(seed, faults)| {
             let broken = |mutation| {
                 run(seed, Run { faults: Some(faults.clone()), mutation, ..Run::default() }).violation

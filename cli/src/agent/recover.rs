@@ -283,6 +283,12 @@ fn taking_over(
             return refuse("nothing of it is here".into());
         }
     };
+    if let Some(missing) = disks.iter().find(|disk| allocated(Path::new(&disk.path)).is_none()) {
+        return refuse(format!(
+            "it would own a disk that is not there: the image of {}, {}",
+            missing.name, missing.path
+        ));
+    }
     let Some(asked) = question(journal) else {
         return refuse("it is this host's already".into());
     };
@@ -514,6 +520,9 @@ fn possible_take_over(
 ) -> Option<TakeOver> {
     let [candidate] = waiting[..] else { return None };
     let instead_of = candidate.waits_for.clone()?;
+    if candidate.images.iter().any(|image| image.allocated_bytes.is_none()) {
+        return None;
+    }
     // A third host may have the VM, or get it.
     if hosts != 1 || unreachable.iter().any(|silent| silent.host != instead_of) {
         return None;

@@ -295,3 +295,17 @@ async fn nothing_is_taken_over_while_a_third_host_cannot_be_asked() {
     left.end().await;
     right.end().await;
 }
+
+#[tokio::test]
+async fn nothing_is_taken_over_where_an_image_is_missing() {
+    let (_left, mut right) = aftermath(None, Some(true)).await;
+    std::fs::remove_file(right.image("fast", "web")).unwrap();
+    let to_right = right.serve().await;
+    let report = recovered(&to_right).await;
+    assert_eq!(kinds(&report), [("right", StandingKind::Prepared)]);
+    assert_eq!(report.hosts[0].images[0].allocated_bytes, None);
+    assert_eq!(report.take_over, None, "nobody is offered what cannot run");
+    let refused = to_right.take_over("web", "right").await.unwrap_err();
+    assert!(refused.to_string().contains("a disk that is not there"), "{refused}");
+    assert_eq!(kinds(&recovered(&to_right).await), [("right", StandingKind::Prepared)]);
+}

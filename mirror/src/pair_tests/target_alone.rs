@@ -3,7 +3,7 @@
 use super::world::PAGES;
 use crate::{
     journal::MoveId,
-    target::{self, Target, TargetPlan},
+    target::{self, Event, Target, TargetPlan},
     wire::control::{Arrived, Proof, SourceMsg, TargetMsg},
 };
 
@@ -78,4 +78,28 @@ fn a_source_that_begins_anew_or_says_nothing_first_is_refused() {
         target.step(said);
         assert_eq!(target.phase(), target::Phase::Discarding);
     }
+}
+
+/// What is on the disk then may say `Prepared`, and whoever reads that takes the images to be there.
+#[test]
+fn a_target_that_cannot_journal_that_it_gives_up_keeps_its_images() {
+    use target::{Action as A, Event as E};
+    let gives_up = |journaled: Event| {
+        let (mut target, _) = Target::start(TargetPlan {
+            move_id: MoveId::new("m").unwrap(),
+            from_host: "a".into(),
+            generation: 2,
+            ram_pages: PAGES,
+            disks: vec![],
+            images: vec![],
+        });
+        for event in [E::Journaled, E::ImagesReady, E::Failed("the disk is gone".into())] {
+            target.step(event);
+        }
+        assert_eq!(target.phase(), target::Phase::Discarding);
+        target.step(journaled)
+    };
+    let refused = || A::Finish { refused: Some("the disk is gone".into()) };
+    assert_eq!(gives_up(E::JournalFailed("the disk is gone".into())), [refused()]);
+    assert_eq!(gives_up(E::Journaled), [A::Discard, refused()]);
 }

@@ -100,7 +100,7 @@ pub enum Action {
     AskVerdict,
     /// The VM is ours: stamp the images as owned, run it and announce it.
     Run,
-    /// Remove images and memory.
+    /// Remove images and memory. Asked for only when `Aborted` is on disk.
     Discard,
     /// Over.
     Finish {
@@ -178,7 +178,11 @@ impl Target {
         self.phase.begin_step();
         match (self.phase(), event) {
             (Phase::Discarded, _) => {}
-            (Phase::Discarding, Event::Journaled) => self.discarded(Why::Journaled, &mut out),
+            (Phase::Discarding, Event::Journaled) => {
+                out.push(Action::Discard);
+                self.discarded(Why::Journaled, &mut out);
+            }
+            // The disk may hold `Prepared`, and whoever reads that must find the images: the agent settles it.
             (Phase::Discarding, Event::JournalFailed(_)) => self.discarded(Why::NotJournaled, &mut out),
             (Phase::Discarding, _) => {}
 
@@ -394,7 +398,6 @@ impl Target {
 
     fn discarded(&mut self, why: Why, out: &mut Vec<Action>) {
         self.go(why, Phase::Discarded);
-        out.push(Action::Discard);
         out.push(Action::Finish { refused: self.refused.take() });
     }
 }

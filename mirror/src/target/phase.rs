@@ -29,7 +29,7 @@ pub enum Phase {
     Running,
     /// The `Aborted` record is being written.
     Discarding,
-    /// Nothing of the VM is here.
+    /// Nothing of the VM runs here.
     Discarded,
 }
 
@@ -106,7 +106,7 @@ const TABLE: &[Row<Phase, Why>] = {
         (&[P::Proving], Why::Differs, P::Discarding),
         (&[P::Arriving, P::Preparing], Why::NotJournaled, P::Discarding),
         (&[P::Discarding], Why::Journaled, P::Discarded),
-        // Refused where `Incoming` is not on disk, or written at the next chance.
+        // Refused where `Incoming` is not on disk, or written by the agent, which then removes the images.
         (&[P::Discarding], Why::NotJournaled, P::Discarded),
     ]
 };

@@ -1,14 +1,20 @@
 //! Runs the simulator: many seeds added up, or one with its trace.
 #![forbid(unsafe_code)]
 
-use std::{collections::BTreeMap, process::ExitCode};
+use std::{
+    collections::BTreeMap,
+    path::PathBuf,
+    process::ExitCode,
+    sync::atomic::{AtomicUsize, Ordering},
+};
 
 use clap::Parser;
 use serde::Serialize;
 use vmove_tests::sim::{
     Run,
-    campaign::{campaign, direct},
+    campaign::{Found, Tally, campaign, direct},
     faults::Kind,
+    kept::Kept,
     marks,
     minimise::minimise,
     mutations::Mutation,
@@ -27,6 +33,9 @@ struct Args {
     /// Run this one alone and print what happens, with as few faults as still break a promise, if one is broken.
     #[arg(long)]
     seed: Option<u64>,
+    /// The same for a kept seed, with the faults that its file names (fixtures/seeds).
+    #[arg(long, conflicts_with = "seed")]
+    kept: Option<PathBuf>,
     /// Break a rule on purpose (a name as in the sources, for example ForgetDirty).
     #[arg(long, value_parser = mutation)]
     mutation: Option<Mutation>,
@@ -61,31 +70,34 @@ struct MarkCount {
 
 fn main() -> ExitCode {
     let args = Args::parse();
-    match args.seed {
-        Some(seed) => one(seed, args.mutation),
-        None => many(&args),
+    match (args.seed, &args.kept) {
+        (Some(seed), _) => one(seed, &Run { mutation: args.mutation, ..Run::default() }),
+        (None, Some(path)) => match Kept::read(path) {
+            Ok(Kept { seed, faults, .. }) => {
+                one(seed, &Run { faults, mutation: args.mutation, traced: false })
+            }
+            Err(error) => {
+                eprintln!("{error:#}");
+                ExitCode::FAILURE
+            }
+        },
+        (None, None) => many(&args),
     }
 }
 
-fn one(seed: u64, mutation: Option<Mutation>) -> ExitCode {
-    let how = Run { mutation, ..Run::default() };
-    let (faults, outcome) = match minimise(seed, &how) {
-        Some((faults, _)) => {
-            let again = run(seed, Run { faults: Some(faults.clone()), traced: true, ..how });
-            (faults, again)
-        }
-        None => {
-            let outcome = run(seed, Run { traced: true, ..how });
-            (outcome.faults.clone(), outcome)
-        }
-    };
+fn one(seed: u64, how: &Run) -> ExitCode {
+    let faults = minimise(seed, how).map(|(faults, _)| faults);
+    let outcome =
+        run(seed, Run { faults: faults.or_else(|| how.faults.clone()), traced: true, ..how.clone() });
     print!("{}", outcome.trace);
-    for fault in &faults {
+    for fault in &outcome.faults {
         println!("fault: {fault:?}");
     }
     match outcome.violation {
         Some(violation) => {
             println!("seed {seed}: {} is broken: {}", violation.checker, violation.what);
+            let kept = Kept { found: violation.what, seed, faults: Some(outcome.faults) };
+            println!("to keep it:\n{}", toml::to_string(&kept).unwrap_or_default());
             ExitCode::FAILURE
         }
         None => {
@@ -95,8 +107,22 @@ fn one(seed: u64, mutation: Option<Mutation>) -> ExitCode {
     }
 }
 
+/// Violations are told at once: a million seeds take a while.
+fn tell_new(tally: &Tally, told: &AtomicUsize) {
+    let before = told.swap(tally.violations.len(), Ordering::Relaxed);
+    for Found { seed, violation, .. } in tally.violations.iter().skip(before) {
+        eprintln!("seed {seed}: {}: {}", violation.checker, violation.what);
+    }
+}
+
 fn many(args: &Args) -> ExitCode {
-    let mut tally = campaign(args.first, args.seeds, args.mutation, 100);
+    /// That many broken promises say enough.
+    const ENOUGH: usize = 100;
+    let told = AtomicUsize::new(0);
+    let mut tally = campaign(args.first, args.seeds, args.mutation, |tally| {
+        tell_new(tally, &told);
+        tally.violations.len() >= ENOUGH
+    });
     direct(&mut tally);
     let all = marks::all();
     if args.marks {

@@ -75,10 +75,14 @@ impl Tally {
     }
 }
 
-/// Runs `count` seeds from `first` on; stops early once `enough` of them have broken a promise.
-pub fn campaign(first: u64, count: u64, mutation: Option<Mutation>, enough: usize) -> Tally {
-    let world = |at| (first.wrapping_add(at), None);
-    all_of(count, world, mutation, |tally| tally.violations.len() >= enough)
+/// Runs `count` seeds from `first` on, or fewer: `enough` looks at what there is so far, again and again.
+pub fn campaign(
+    first: u64,
+    count: u64,
+    mutation: Option<Mutation>,
+    enough: impl Fn(&Tally) -> bool + Sync,
+) -> Tally {
+    all_of(count, |at| (first.wrapping_add(at), None), mutation, enough)
 }
 
 /// Hits the marks that the seeds of `tally` did not, in worlds directed at them, as far as that goes, and adds those.

@@ -41,6 +41,11 @@ fn scripts() -> Vec<Vec<Fault>> {
     for (kind, size) in singles {
         scripts.extend(actions().map(|(side, action)| vec![before(side, action, kind, size)]));
     }
+    // A source that says what it should not before the target has heard anything of it.
+    for (action, size) in (0..8).flat_map(|action| (0..6).map(move |size| (action, size))) {
+        scripts
+            .push(vec![Fault { place: Place::Other, ..before(Side::Source, action, Kind::Nonsense, size) }]);
+    }
     // While connections are made anew.
     for (side, action) in actions() {
         for later in 1..4 {
@@ -87,16 +92,17 @@ fn disks() -> Vec<DiskAt> {
     vec![DiskAt { name: "d0".into(), datastore: "s0".into(), path: "s0/d0".into() }]
 }
 
-/// What host 0 makes of its journal when host 1 has the other one: marks, and what is wrong about its standing then.
+/// What host 0 makes of its journal when host 1 has the other one, or has no power: marks, and what is wrong about its standing then.
 fn left_alone(
     here: &[Record],
-    there: &[Record],
+    there: Option<&[Record]>,
     stands: fn(&Standing) -> bool,
 ) -> (Marks, Option<Violation>) {
     let shape =
         Shape { hosts: 2, pages: 64, disks: vec![4], guest_pace: 500, guest_pages: 1, disk_delay: 100 };
     let mut world = World::new(0, shape, Net::new(1000, 100), User::default(), Vec::new(), false);
-    for (host, records) in [here, there].into_iter().enumerate() {
+    for (host, records) in [Some(here), there].into_iter().enumerate() {
+        let Some(records) = records else { continue };
         world.hosts[host].agent.up = true;
         if records.is_empty() {
             continue;
@@ -120,21 +126,27 @@ fn left_alone(
     (std::mem::take(&mut world.marks), world.violation.take())
 }
 
-/// Rows of the failure table that speak of hosts whose disks were lost or given to another VM: what would be the only copy is kept.
+/// Rows of the failure table that speak of hosts that are gone, or whose disks were lost or given to another VM: what would be the only
+/// copy is kept.
 pub fn strangers() -> Vec<(Marks, Option<Violation>)> {
     let Some(id) = id() else { return Vec::new() };
     let owner = || Record::Owner { generation: 1, disks: disks() };
     let moving = || Record::Moving { move_id: id.clone(), to_host: Some("h1".into()), generation: 2 };
     let incoming =
-        Record::Incoming { move_id: id.clone(), from_host: "h1".into(), generation: 2, disks: disks() };
-    let prepared = Record::Prepared { move_id: id.clone() };
+        || Record::Incoming { move_id: id.clone(), from_host: "h1".into(), generation: 2, disks: disks() };
+    let prepared = || Record::Prepared { move_id: id.clone() };
+    let committed = || Record::Committed { move_id: id.clone() };
     let aborted = Record::Aborted { move_id: id.clone() };
-    let committed = Record::Committed { move_id: id.clone() };
+    let waits = |s: &Standing| matches!(s, Standing::Incoming { prepared: true, .. });
+    let left = |s: &Standing| matches!(s, Standing::Committed { .. });
     vec![
-        // The source's journal is lost.
-        left_alone(&[incoming, prepared], &[], |s| matches!(s, Standing::Incoming { prepared: true, .. })),
+        // The source is gone, or its journal is lost.
+        left_alone(&[incoming(), prepared()], None, waits),
+        left_alone(&[incoming(), prepared()], Some(&[]), waits),
         // Another VM has the name there.
-        left_alone(&[owner(), moving(), aborted], &[owner()], |s| matches!(s, Standing::Owner { .. })),
-        left_alone(&[owner(), moving(), committed], &[owner()], |s| matches!(s, Standing::Committed { .. })),
+        left_alone(&[owner(), moving(), aborted], Some(&[owner()]), |s| matches!(s, Standing::Owner { .. })),
+        left_alone(&[owner(), moving(), committed()], Some(&[owner()]), left),
+        // The target's disk is as it was before it said that it was prepared.
+        left_alone(&[owner(), moving(), committed()], Some(&[incoming()]), left),
     ]
 }

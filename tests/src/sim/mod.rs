@@ -10,6 +10,7 @@
 //! | [`faults`] | what may fail where, and what is promised then |
 //! | [`checkers`] | the promises, one a file |
 //! | [`campaign`], [`directed`] | many worlds; those that lead to what chance seldom does |
+//! | [`kept`], [`minimise`] | seeds that broke a promise once; fewer faults for one that does |
 //! | [`marks`], [`mutations`] | what was hit; rules broken on purpose |
 //! | [`dice`] | chance |
 //!
@@ -23,6 +24,7 @@ pub mod dice;
 pub mod directed;
 pub mod faults;
 pub mod host;
+pub mod kept;
 pub mod marks;
 pub mod minimise;
 pub mod mutations;

@@ -55,7 +55,7 @@ impl Mutation {
             Self::ForgetDirty | Self::WritePastMirror => (Kind::Cut, Side::Source),
             Self::TrustFailedBlocks => (Kind::ImageFails, Side::Target),
             Self::PrepareUnflushed => (Kind::PowerCut, Side::Target),
-            Self::BelieveUnsynced => (Kind::DiesThenPowerCut, Side::Source),
+            Self::BelieveUnsynced => return Box::new(committed_and_the_record_lost()),
             Self::AbortUnjournalled => return Box::new(asked_while_prepared_is_on_its_way()),
         };
         Box::new((1..=SEEDS).flat_map(move |seed| {
@@ -75,5 +75,21 @@ fn asked_while_prepared_is_on_its_way() -> impl Iterator<Item = (u64, Vec<Fault>
         // Until 0.6 s later, in steps of half a millisecond.
         (0..1_300)
             .map(move |step| (seed, vec![fault(Kind::OneWayCut, step * 12), fault(Kind::DriverFails, 0)]))
+    })
+}
+
+/// The source's process dies between writing its commit and syncing it; the target hears of it all the same, from the source's agent, and
+/// the source's power is cut before that agent has synced another record.
+fn committed_and_the_record_lost() -> impl Iterator<Item = (u64, Vec<Fault>)> {
+    (1..=8).flat_map(|seed| {
+        (0..ACTIONS).flat_map(move |action| {
+            let fault = move |kind, when, place| Fault { kind, when, place, size: seed * 977 };
+            let dies = fault(Kind::DiesUnsynced, When::Before(Side::Source, action), Place::Acting);
+            // The first target's last actions: to journal that the VM is its own, to run it, to be done.
+            (7..=10).map(move |owns| {
+                let cut = fault(Kind::PowerCut, When::Before(Side::Target, owns), Place::Other);
+                (seed, vec![dies, cut])
+            })
+        })
     })
 }

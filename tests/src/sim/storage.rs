@@ -3,7 +3,7 @@
 //! Lives here: what is cached, what is durable, what a crash leaves. Never enters: who writes, and why.
 
 use std::{
-    cell::RefCell,
+    cell::{RefCell, RefMut},
     collections::BTreeMap,
     io::{self, Error},
     path::{Path, PathBuf},
@@ -165,18 +165,26 @@ impl Drop for JournalMedium {
     }
 }
 
+impl JournalMedium {
+    /// The log, unless a fault has ended whoever writes it: the world learns of that only after the call.
+    fn log(&self) -> io::Result<RefMut<'_, Log>> {
+        let log = self.0.borrow_mut();
+        if log.struck.is_some() { Err(Error::other("never answered")) } else { Ok(log) }
+    }
+}
+
 impl Medium for JournalMedium {
     fn read(&self) -> io::Result<Vec<u8>> {
         Ok(self.0.borrow().cached.clone())
     }
 
     fn cut(&self, len: u64) -> io::Result<()> {
-        self.0.borrow_mut().cached.truncate(len as usize);
+        self.log()?.cached.truncate(len as usize);
         Ok(())
     }
 
     fn write(&self, bytes: &[u8], at: u64) -> io::Result<()> {
-        let mut log = self.0.borrow_mut();
+        let mut log = self.log()?;
         if log.fault == Some(JournalFault::Full) {
             log.fault = None;
             return Err(io::ErrorKind::StorageFull.into());
@@ -190,7 +198,7 @@ impl Medium for JournalMedium {
     }
 
     fn sync(&self) -> io::Result<()> {
-        let mut log = self.0.borrow_mut();
+        let mut log = self.log()?;
         let dirty = log.cached != log.durable;
         match log.fault {
             Some(

@@ -139,7 +139,8 @@ impl World {
         else {
             return;
         };
-        if number(host) != Some(*gone) {
+        let missing = disks.iter().any(|at| !it.images.contains_key(&at.path));
+        if number(host) != Some(*gone) || missing {
             return;
         }
         let (here, move_id) = (*here, move_id.clone());
