@@ -112,10 +112,19 @@ pub enum Blow {
     Link,
     /// They are reset, and new ones as well, until the outcome is there or the source calls in vain.
     LinkDown,
+    /// The user gives the move up.
+    Cancel,
 }
 
-const BLOWS: [Blow; 6] =
-    [Blow::SourceVm, Blow::TargetVm, Blow::SourceAgent, Blow::TargetAgent, Blow::Link, Blow::LinkDown];
+const BLOWS: [Blow; 7] = [
+    Blow::SourceVm,
+    Blow::TargetVm,
+    Blow::SourceAgent,
+    Blow::TargetAgent,
+    Blow::Link,
+    Blow::Cancel,
+    Blow::LinkDown,
+];
 
 /// What must come of it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -183,10 +192,14 @@ impl Case {
         match self.kind {
             Kind::Host(_) => down,
             // No second host.
-            Kind::Datastore(_) => matches!(self.blow, Blow::SourceVm | Blow::SourceAgent),
+            Kind::Datastore(_) => matches!(self.blow, Blow::SourceVm | Blow::SourceAgent | Blow::Cancel),
             // The source and its link are gone already. Its agent comes back; that is the blow.
             Kind::TakenOver => {
                 matches!(self.blow, Blow::SourceAgent | Blow::TargetVm | Blow::TargetAgent)
+            }
+            // At the source it has ended.
+            Kind::Cancelled if self.point.starts_with("target.") => {
+                !matches!(self.blow, Blow::Cancel | Blow::LinkDown)
             }
             _ => self.blow != Blow::LinkDown,
         }
@@ -210,6 +223,13 @@ impl Case {
             (Kind::Host(_), Blow::TargetVm) if self.point == "source.journal-committed" => {
                 Outcome::BootsThere
             }
+            (_, Blow::Cancel) => {
+                if self.is_given_up() {
+                    Outcome::StaysRunning
+                } else {
+                    Outcome::MovesOn
+                }
+            }
             (Kind::Undecided, Blow::TargetVm) => Outcome::BootsThere,
             (Kind::Host(stage), Blow::SourceVm) if stage < Stage::Committed => Outcome::StartableHere,
             (Kind::Host(stage), Blow::TargetVm) if stage < Stage::Committed => Outcome::StaysRunning,
@@ -232,6 +252,16 @@ impl Case {
             (Kind::Datastore(false), _) => Outcome::MovesOn,
             (Kind::Datastore(true), Blow::SourceVm) => Outcome::StartableThere,
             (Kind::Datastore(true), _) => Outcome::MovesOn,
+        }
+    }
+
+    /// Whether a move that is cancelled at its point is given up. One that is about to commit is not: its record may be on disk.
+    pub fn is_given_up(self) -> bool {
+        match self.kind {
+            Kind::Host(stage) => stage < Stage::Committed && self.point != "source.journal-committed",
+            Kind::Datastore(committed) => !committed && self.point != "source.journal-owner",
+            Kind::Reconnecting | Kind::Cancelled | Kind::Refused => true,
+            Kind::Undecided | Kind::TakenOver => false,
         }
     }
 
@@ -266,6 +296,6 @@ fn every_named_point_has_its_cases() {
     assert!(points_without_a_case().is_empty(), "no case stops at {:?}", points_without_a_case());
     for (point, _) in POINTS {
         let blows: Vec<Blow> = Case::all().iter().filter(|c| c.point == *point).map(|c| c.blow).collect();
-        assert!(BLOWS[..5].iter().all(|blow| blows.contains(blow)), "{point}: {blows:?}");
+        assert!(BLOWS[..6].iter().all(|blow| blows.contains(blow)), "{point}: {blows:?}");
     }
 }

@@ -77,6 +77,9 @@ impl World {
         if outcome == Outcome::MovesOn && case.blow != Blow::SourceVm && case.kind != Kind::TakenOver {
             assert_eq!(self.reported(source, &id), "completed");
         }
+        if case.blow == Blow::Cancel && outcome == Outcome::StaysRunning && case.kind != Kind::Refused {
+            assert_eq!(self.reported(source, &id), "cancelled");
+        }
         self.cluster.relay().heal();
         self.again(case, outcome, target, store)
     }
@@ -108,6 +111,7 @@ impl World {
             }
             Blow::Link => self.cluster.relay().cut(),
             Blow::LinkDown => self.cluster.relay().refuse(),
+            Blow::Cancel => self.cancel(source),
         }
         self.cluster.stops.release_all();
         if case.blow == Blow::LinkDown && case.kind == Kind::Host(Stage::Copying) {
@@ -184,13 +188,9 @@ impl World {
             return id;
         }
         self.cluster.stops.hold(case.point);
-        let give_up = |host: &str| {
-            let told = runners::ask(&self.cluster.host(host).vm_dir(VM), &Request::Cancel);
-            assert_eq!(told, Some(Reply::Ok));
-        };
         match case.kind {
-            Kind::Cancelled => give_up(source),
-            Kind::Refused => give_up(target),
+            Kind::Cancelled => self.cancel(source),
+            Kind::Refused => self.cancel(target),
             Kind::Reconnecting | Kind::Undecided => self.cluster.relay().cut(),
             Kind::TakenOver => {
                 kill_hard(self.cluster.vm_process(source, VM).unwrap());
@@ -211,6 +211,12 @@ impl World {
         }
         self.cluster.stops.reached(case.point);
         id
+    }
+
+    /// Not by `vmove cancel`, which waits for the move's end.
+    fn cancel(&self, host: &str) {
+        let told = runners::ask(&self.cluster.host(host).vm_dir(VM), &Request::Cancel);
+        assert_eq!(told, Some(Reply::Ok));
     }
 
     fn until_owned(&self, host: &str) {
