@@ -10,6 +10,7 @@
 //! | [`plan`], `preflight`, [`moves`], [`incoming`] | moves: decided, led, received |
 //! | `inventory`, `maintenance` | what the placement of VMs asks; keeping them away |
 //! | [`settle`], `other_end`, `recover` | what is left after a crash: settled, asked about, shown |
+//! | `leftovers`, `archive` | what is removed of a VM that has gone, and what is kept |
 //! | [`checkpoints`], [`restore`], `routes_checkpoint` | moments of a VM that are kept, and going on from one |
 //!
 //! The agent may end at any time without harm: VM processes go on, directories and journals say what stands, the next agent finds
@@ -17,6 +18,7 @@
 
 #[cfg(test)]
 mod api_tests;
+mod archive;
 pub mod checkpoints;
 pub mod cluster;
 pub mod config;
@@ -35,6 +37,7 @@ pub mod images;
 pub mod incoming;
 mod inventory;
 pub mod launch;
+mod leftovers;
 pub mod listener;
 mod maintenance;
 mod metrics;

@@ -212,6 +212,21 @@ async fn a_removed_vm_still_answers_for_its_aborted_moves() {
     right.end().await;
 }
 
+/// Its process died with the record on disk and before it left a report; the VM was started by its user's word, and has gone on.
+#[tokio::test]
+async fn a_vm_that_has_gone_on_still_answers_for_a_move_that_left_no_report() {
+    let generation = 1 + TAKE_OVER_STEP;
+    let (mut left, mut right) = aftermath(Some(&[moving(), aborted()]), Some(true)).await;
+    let taken = Record::TakenOver { move_id: id(), generation, disks: left.disks("web") };
+    left.vm("web").append(&taken).unwrap();
+    let to_left = left.serve().await;
+    eventually("the VM being removed", async || to_left.remove("web").await.ok()).await;
+    right.serve().await;
+    eventually("the target lets go", async || (!right.vm("web").path().exists()).then_some(())).await;
+    left.end().await;
+    right.end().await;
+}
+
 #[tokio::test]
 async fn a_take_over_is_remembered_when_the_vm_has_gone_on() {
     let (mut left, mut right) = aftermath(Some(&[moving(), aborted()]), Some(true)).await;

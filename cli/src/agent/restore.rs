@@ -27,7 +27,7 @@ use super::preflight::occupied;
 use super::registry::RESTORING;
 use super::vmdir::{VmDir, placements};
 use super::vms::word;
-use super::{Agent, control, images, peers, settle};
+use super::{Agent, control, images, leftovers, peers};
 use crate::api::checkpoint::{CheckpointList, RestoreCheckpoint};
 use crate::api::types::{DiskPlacement, MoveRequest, VmDefinition, VmDetail, VmState, VmSummary};
 use crate::identity::files::write_private;
@@ -196,7 +196,7 @@ impl Agent {
         let (agent, look, owned) = (self.clone(), vm.clone(), name.to_owned());
         blocking(move || {
             let standing = look.journal()?.standing().clone();
-            settle::retire_left(&owned, &look, &standing)?;
+            leftovers::retire_left(&owned, &look, &standing)?;
             images::remove_empty_dirs(&agent.stores(), &owned);
             Ok(())
         })

@@ -1,7 +1,7 @@
 //! What is done with a VM whose process has ended, by the failure table (`vmove_mirror::recovery`), and the words that decide it.
 //!
-//! Lives here: carrying the table out: journal first, then images and directories; asking the other host again and again. Never enters:
-//! the table itself, the questions (`other_end`).
+//! Lives here: carrying the table out: journal first, then what it leaves; asking the other host again and again. Never enters: the table
+//! itself, the questions (`other_end`), removing images and directories (`leftovers`).
 
 use std::path::Path;
 use std::sync::Arc;
@@ -13,12 +13,12 @@ use vmove_mirror::journal::{self, Journal, MoveId, Record, Standing};
 use vmove_mirror::recovery::{Holding, PeerAnswer, Question, Settlement, question, settle};
 use vmove_storage::{OwnerState, Stamp};
 
+use super::archive::{archived_verdict, given_up};
 use super::control::{self, ControlError};
 use super::error::{ApiError, blocking};
-use super::vmdir::{AppendError, VmDir, placements, read_progress};
-use super::{Agent, create, images, process, registry};
-use crate::api::types::{DiskPlacement, MoveProgress, MoveRequest, Verdict, VmDefinition};
-use crate::identity::files::write_private;
+use super::vmdir::{AppendError, VmDir, placements};
+use super::{Agent, process, registry};
+use crate::api::types::Verdict;
 
 /// First gap between two questions; it doubles.
 pub(super) const FIRST_GAP: Duration = Duration::from_millis(250);
@@ -167,22 +167,6 @@ impl Agent {
         }
     }
 
-    /// Ends what moves of a VM of this host left in its datastores, when their process, or the agent that settled them, died before it
-    /// could: images that were to be the VM's, and those it had before. Once the VM runs, nobody else would.
-    async fn clear_left_behind(self: &Arc<Self>, name: &str) -> Result<(), ApiError> {
-        let (agent, vm, name) = (self.clone(), self.registry.vm(name)?, name.to_owned());
-        blocking(move || {
-            let journal = vm.durable_journal()?;
-            if let Standing::Owner { disks, .. } = journal.standing() {
-                retire_left(&name, &vm, journal.standing())?;
-                agent.remove_unfinished(&name, &placements(disks))?;
-                images::remove_empty_dirs(&agent.stores(), &name);
-            }
-            Ok(())
-        })
-        .await
-    }
-
     /// A source whose process died before the commit: the move is off, the VM can be started again.
     async fn abort_source(self: &Arc<Self>, vm: &VmDir, standing: &Standing) -> Result<(), ApiError> {
         let Standing::Moving { move_id, to_host, .. } = standing else { return Ok(()) };
@@ -199,146 +183,6 @@ impl Agent {
         append(vm, Record::Aborted { move_id: move_id.clone() }).await?;
         if let Some(host) = to_host {
             self.discard_at(host, move_id.as_str()).await;
-        }
-        Ok(())
-    }
-
-    /// Removes images of a VM that a broken-off move left unfinished in this host's datastores.
-    pub(super) fn remove_unfinished(&self, name: &str, keep: &[DiskPlacement]) -> Result<(), ApiError> {
-        for store in self.stores().iter() {
-            for (_, _, path) in store.list_images(name)? {
-                let unfinished = Stamp::read(&path)?
-                    .is_some_and(|stamp| stamp.vm == name && stamp.state == OwnerState::Incoming);
-                if unfinished && !keep.iter().any(|disk| disk.path == path) {
-                    images::remove(&path)?;
-                }
-            }
-        }
-        Ok(())
-    }
-
-    /// Removes what is here of a VM that is not this host's: images, directory. Reports of moves are kept.
-    async fn discard(self: &Arc<Self>, name: &str, vm: &VmDir) -> Result<(), ApiError> {
-        let (agent, owner, dir) = (self.clone(), name.to_owned(), vm.clone());
-        blocking(move || {
-            agent.discard_images(&owner, &dir)?;
-            images::remove_empty_dirs(&agent.stores(), &owner);
-            agent.archive_moves(&dir)?;
-            agent.remove_dir(&dir)
-        })
-        .await?;
-        self.registry.set_ended(name, None);
-        tracing::info!(vm = name, "nothing of the VM is left here");
-        Ok(())
-    }
-
-    fn discard_images(&self, name: &str, vm: &VmDir) -> Result<(), ApiError> {
-        match vm.journal()?.standing() {
-            Standing::Released { .. } => retire(name, vm),
-            Standing::Incoming { disks, .. } | Standing::Discarded { disks, .. } => {
-                let arrived = vm.records()?.into_iter().rev().find_map(|record| match record {
-                    Record::Incoming { generation, .. } => Some(generation),
-                    _ => None,
-                });
-                remove_arrived(name, arrived.unwrap_or(0), &placements(disks))
-            }
-            Standing::Nothing => {
-                // Either an arrival that did not come as far as its first record, or a creation.
-                if let Some(launch) = vm.launch()
-                    && matches!(launch.start, Start::Incoming(_))
-                {
-                    return remove_arrived(name, launch.generation, &launch.disks);
-                }
-                match vm.definition() {
-                    Ok(definition) => self.remove_half_made(&definition),
-                    Err(_) => Ok(()),
-                }
-            }
-            Standing::Owner { .. }
-            | Standing::Moving { .. }
-            | Standing::Committed { .. }
-            | Standing::Lost { .. } => {
-                Err(ApiError::internal(format!("VM {name:?} is not to be discarded: it has an owner")))
-            }
-        }
-    }
-
-    fn remove_half_made(&self, definition: &VmDefinition) -> Result<(), ApiError> {
-        for disk in &definition.disks {
-            let Ok(store) = self.store(&disk.datastore) else { continue };
-            let path = store.image_path(&definition.name, &disk.name, images::format_of(disk.format))?;
-            if Stamp::read(&path)?.is_some_and(|stamp| create::is_unfinished(&stamp, &definition.name)) {
-                images::remove(&path)?;
-            }
-        }
-        Ok(())
-    }
-
-    /// Moves the reports of a VM's moves to where they outlive its directory, and notes there by which moves it was taken over here: a
-    /// source that comes back must learn of that for ever.
-    pub(super) fn archive_moves(&self, vm: &VmDir) -> Result<(), ApiError> {
-        for record in vm.records()? {
-            if let Record::TakenOver { move_id, generation, .. } = record {
-                write_private(&self.taken_file(&move_id)?, &generation.to_string())?;
-            }
-        }
-        let Ok(entries) = std::fs::read_dir(vm.moves()) else { return Ok(()) };
-        let archive = self.archive_dir()?;
-        for entry in entries.filter_map(Result::ok) {
-            let from = entry.path();
-            if from.extension().is_some_and(|extension| extension == "json") {
-                let to = archive.join(entry.file_name());
-                std::fs::rename(&from, &to).map_err(|e| ApiError::io("keep", &from, &e))?;
-            }
-        }
-        Ok(())
-    }
-
-    /// The generation at which a VM that is not here any more was taken over here by this move.
-    pub(super) fn taken_at(&self, vm: &VmDir, move_id: &MoveId) -> Result<Option<u64>, ApiError> {
-        let by_journal = vm.records()?.into_iter().find_map(|record| match record {
-            Record::TakenOver { move_id: taken, generation, .. } if taken == *move_id => Some(generation),
-            _ => None,
-        });
-        if by_journal.is_some() {
-            return Ok(by_journal);
-        }
-        let path = self.taken_file(move_id)?;
-        match std::fs::read_to_string(&path) {
-            Ok(text) => match text.trim().parse() {
-                Ok(generation) => Ok(Some(generation)),
-                Err(_) => Err(ApiError::storage(format!("{} holds no generation", path.display()))),
-            },
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
-            Err(e) => Err(ApiError::io("read", &path, &e)),
-        }
-    }
-
-    fn taken_file(&self, move_id: &MoveId) -> Result<std::path::PathBuf, ApiError> {
-        Ok(self.archive_dir()?.join(format!("{move_id}.taken")))
-    }
-
-    /// Where reports of moves are kept: `<state>/moves`.
-    pub(super) fn archive_dir(&self) -> Result<std::path::PathBuf, ApiError> {
-        let dir = self.state.join("moves");
-        std::fs::create_dir_all(&dir).map_err(|e| ApiError::io("create", &dir, &e))?;
-        Ok(dir)
-    }
-
-    /// Removes all but the newest `keep` of the kept reports.
-    pub(super) fn prune_reports(&self, keep: usize) -> Result<(), ApiError> {
-        let dir = self.archive_dir()?;
-        let entries = std::fs::read_dir(&dir).map_err(|e| ApiError::io("list", &dir, &e))?;
-        let mut reports: Vec<_> = entries
-            .filter_map(|entry| {
-                let path = entry.ok()?.path();
-                let report = path.extension().is_some_and(|extension| extension == "json");
-                report.then(|| Some((path.metadata().ok()?.modified().ok()?, path)))?
-            })
-            .collect();
-        reports.sort_unstable_by(|a, b| b.cmp(a));
-        for (_, path) in reports.into_iter().skip(keep) {
-            std::fs::remove_file(&path).map_err(|e| ApiError::io("remove", &path, &e))?;
         }
         Ok(())
     }
@@ -457,68 +301,6 @@ fn closing(journal: &Journal, answer: PeerAnswer) -> Result<Record, ApiError> {
     })
 }
 
-/// The end of a move whose process left no report.
-fn given_up(move_id: &str) -> MoveProgress {
-    MoveProgress {
-        move_id: move_id.to_owned(),
-        phase: "aborted".into(),
-        elapsed_ms: 0,
-        disk_total_bytes: 0,
-        disk_done_bytes: 0,
-        ram_total_bytes: 0,
-        ram_done_bytes: 0,
-        round: 0,
-        rate: 0,
-        dirty_rate: 0,
-        left_ms: None,
-        reconnects: 0,
-        report: None,
-        error: Some("the VM's process ended before the commit".into()),
-    }
-}
-
-/// Images of a VM that runs elsewhere: removed, or kept as stale if that was asked for. The VM process does this itself; here
-/// it is made up for after a crash.
-fn retire(name: &str, vm: &VmDir) -> Result<(), ApiError> {
-    let owned = vm.records()?.into_iter().rev().find_map(|record| match record {
-        Record::Owner { generation, disks } => Some((generation, disks)),
-        _ => None,
-    });
-    let Some((generation, disks)) = owned else { return Ok(()) };
-    retire_disks(name, vm, generation, &placements(&disks))
-}
-
-/// Images that a VM of this host left behind in another datastore, when its process died between that commit and their end.
-pub(super) fn retire_left(name: &str, vm: &VmDir, standing: &Standing) -> Result<(), ApiError> {
-    let Standing::Owner { generation: current, disks } = standing else { return Ok(()) };
-    for record in vm.records()? {
-        let Record::Owner { generation, disks: mut left } = record else { continue };
-        if generation >= *current {
-            continue;
-        }
-        left.retain(|old| disks.iter().all(|disk| disk.path != old.path));
-        retire_disks(name, vm, generation, &placements(&left))?;
-    }
-    Ok(())
-}
-
-/// Removes images of a VM that were its own up to `generation`, or stamps them stale if the last move was asked to keep them.
-fn retire_disks(name: &str, vm: &VmDir, generation: u64, disks: &[DiskPlacement]) -> Result<(), ApiError> {
-    let keep = saved_request(vm).is_some_and(|request| request.keep_source);
-    for disk in disks {
-        let Some(stamp) = Stamp::read(&disk.path)? else { continue };
-        if stamp.vm != name || stamp.generation > generation || stamp.state != OwnerState::Owned {
-            continue;
-        }
-        if keep {
-            Stamp { state: OwnerState::Stale, ..stamp }.write(&disk.path)?;
-        } else {
-            images::remove(&disk.path)?;
-        }
-    }
-    Ok(())
-}
-
 /// Whether a VM came here by a committed move and its process died before the guest went on: only then are its images still stamped
 /// as arriving. The source has let it go, so it is booted from its disks, as after `Prepared`.
 fn never_ran(vm: &VmDir, standing: &Standing) -> Result<bool, ApiError> {
@@ -564,35 +346,6 @@ fn verdict_of_dead(vm: &VmDir, id: &MoveId, archived: &Path) -> Result<Verdict, 
     }
 }
 
-/// The word on a move that the journal knows nothing of: the VM's directory has gone since, its reports were kept.
-fn archived_verdict(archived: &Path) -> Verdict {
-    match read_progress(archived) {
-        Some(MoveProgress { report: Some(report), .. }) if report.outcome == "completed" => {
-            if report.from.host == report.to.host { Verdict::Unknown } else { Verdict::Committed }
-        }
-        Some(progress) if ["aborted", "cancelled"].contains(&progress.phase.as_str()) => Verdict::Aborted,
-        _ => Verdict::Unknown,
-    }
-}
-
-/// Removes images made for an arrival that will not be. They are stamped before they are made: one without a stamp is somebody's.
-fn remove_arrived(name: &str, generation: u64, disks: &[DiskPlacement]) -> Result<(), ApiError> {
-    for disk in disks {
-        let ours = Stamp::read(&disk.path)?.is_some_and(|stamp| {
-            stamp.vm == name && stamp.state == OwnerState::Incoming && stamp.generation <= generation
-        });
-        if ours {
-            images::remove(&disk.path)?;
-        }
-    }
-    Ok(())
-}
-
-/// The request that a VM's last move was begun with.
-fn saved_request(vm: &VmDir) -> Option<MoveRequest> {
-    serde_json::from_slice(&std::fs::read(vm.path().join(super::moves::REQUEST_FILE)).ok()?).ok()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -634,82 +387,5 @@ mod tests {
         let kept = vm.path().join("m.json");
         std::fs::write(&kept, serde_json::to_string(&given_up("m")).unwrap()).unwrap();
         assert_eq!(verdict_of_dead(&vm, &id, &kept).unwrap(), Verdict::Aborted, "its report outlives the VM");
-    }
-
-    #[test]
-    fn a_broken_off_arrival_leaves_no_image_but_spares_others() {
-        let dir = tempfile::tempdir().unwrap();
-        let disk = |name: &str| DiskPlacement {
-            name: name.into(),
-            datastore: "x".into(),
-            path: dir.path().join(name),
-        };
-        let stamp = |vm: &str, state| Stamp { vm: vm.into(), generation: 2, state };
-        let newer = Stamp { generation: 3, ..stamp("web", OwnerState::Incoming) };
-        for (name, found) in [
-            ("bare", None),
-            ("arriving", Some(stamp("web", OwnerState::Incoming))),
-            ("owned", Some(stamp("web", OwnerState::Owned))),
-            ("newer", Some(newer)),
-            ("stale", Some(stamp("web", OwnerState::Stale))),
-            ("other", Some(stamp("db", OwnerState::Owned))),
-        ] {
-            let disk = disk(name);
-            std::fs::write(&disk.path, b"x").unwrap();
-            if let Some(stamp) = found {
-                stamp.write(&disk.path).unwrap();
-            }
-        }
-        // Stamped, and the crash came before the image was made.
-        stamp("web", OwnerState::Incoming).write(&dir.path().join("missing")).unwrap();
-        let all = ["bare", "arriving", "owned", "newer", "stale", "other", "missing"].map(disk);
-        remove_arrived("web", 2, &all).unwrap();
-        let left: Vec<bool> = all.iter().map(|disk| disk.path.exists()).collect();
-        assert_eq!(left, [true, false, true, true, true, true, false]);
-        assert_eq!(Stamp::read(&all[6].path).unwrap(), None);
-    }
-
-    #[test]
-    fn images_left_in_another_datastore_are_retired_and_no_others() {
-        let dir = tempfile::tempdir().unwrap();
-        let disk = |name: &str| DiskPlacement {
-            name: name.into(),
-            datastore: "x".into(),
-            path: dir.path().join(name),
-        };
-        let stamp = |vm: &str, generation, state| Stamp { vm: vm.into(), generation, state };
-        let all = ["old", "stays", "stale", "other", "newer", "bare", "now"].map(disk);
-        for (name, found) in [
-            ("old", Some(stamp("web", 1, OwnerState::Owned))),
-            ("stays", Some(stamp("web", 1, OwnerState::Owned))),
-            ("stale", Some(stamp("web", 1, OwnerState::Stale))),
-            ("other", Some(stamp("db", 1, OwnerState::Owned))),
-            ("newer", Some(stamp("web", 2, OwnerState::Owned))),
-            ("bare", None),
-            ("now", Some(stamp("web", 2, OwnerState::Incoming))),
-        ] {
-            let path = disk(name).path;
-            std::fs::write(&path, b"x").unwrap();
-            if let Some(stamp) = found {
-                stamp.write(&path).unwrap();
-            }
-        }
-        let id = MoveId::new("m").unwrap();
-        let (_dir, vm) = source(&[
-            Record::Owner { generation: 1, disks: disks_at(&all[..6]).unwrap() },
-            Record::Moving { move_id: id, to_host: None, generation: 2 },
-            Record::Owner { generation: 2, disks: disks_at(&[disk("stays"), disk("now")]).unwrap() },
-        ]);
-        let standing = vm.journal().unwrap().standing().clone();
-        let request = vm.path().join(crate::agent::moves::REQUEST_FILE);
-        std::fs::write(&request, r#"{"keep_source":true}"#).unwrap();
-        retire_left("web", &vm, &standing).unwrap();
-        assert!(all.iter().all(|disk| disk.path.exists()), "asked to keep them");
-        assert_eq!(Stamp::read(&all[0].path).unwrap().unwrap().state, OwnerState::Stale);
-        stamp("web", 1, OwnerState::Owned).write(&all[0].path).unwrap();
-        std::fs::remove_file(&request).unwrap();
-        retire_left("web", &vm, &standing).unwrap();
-        let left: Vec<bool> = all.iter().map(|disk| disk.path.exists()).collect();
-        assert_eq!(left, [false, true, true, true, true, true, true]);
     }
 }

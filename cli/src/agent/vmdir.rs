@@ -4,6 +4,7 @@
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use vmove_compute::process::protocol::{
     CONSOLE_SOCKET, DiskPlacement, JOURNAL_FILE, LAUNCH_FILE, LaunchSpec, MoveProgress, VmDefinition,
@@ -128,18 +129,25 @@ impl VmDir {
     /// The journal as other hosts may act upon it: all of it is on disk when this returns, whoever wrote it, else a power cut could
     /// still take back what they were told.
     pub fn synced_journal(&self) -> Result<Journal, ApiError> {
-        let journal = self.journal()?;
         let path = self.path.join(JOURNAL_FILE);
-        match std::fs::File::open(&path).and_then(|file| file.sync_all()) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                Err(ApiError::io("sync", &path, &error))
+        if !path.exists() {
+            return Ok(Journal::default());
+        }
+        match self.durable_journal() {
+            // Its writer lives: what that could not sync it writes again, or it ends.
+            Err(AppendError::InUse) => {
+                let journal = self.journal()?;
+                std::fs::File::open(&path)
+                    .and_then(|file| file.sync_all())
+                    .map_err(|e| ApiError::io("sync", &path, &e))?;
+                Ok(journal)
             }
-            _ => Ok(journal),
+            journal => Ok(journal?),
         }
     }
 
-    /// The journal of a VM without a process, to be acted upon: what a process wrote and died before it synced is made durable first,
-    /// else a power cut could still take back what was decided from it.
+    /// The journal of a VM without a process, to be acted upon: what a process wrote and died before it synced, or could not sync, is
+    /// made durable first, else a power cut could still take back what was decided from it.
     pub fn durable_journal(&self) -> Result<Journal, AppendError> {
         let _held = self.hold()?;
         self.journal().map_err(AppendError::Failed)
@@ -156,20 +164,22 @@ impl VmDir {
 
     /// Appends a record, if it is admitted; durable when this returns. Only while no VM process has the journal.
     pub fn append(&self, record: &Record) -> Result<(), AppendError> {
-        let mut file = self.hold()?;
+        let mut held = self.hold()?;
         // Read again under the lock: what stood before it may not stand any more.
         let failed = |e: ApiError| AppendError::Failed(e);
         self.journal().map_err(failed)?.admit(record).map_err(|e| failed(e.into()))?;
         let bytes = record.encode().map_err(|e| failed(e.into()))?;
-        file.append(&bytes).map_err(|e| failed(e.into()))
+        held.file.append(&bytes).map_err(|e| failed(e.into()))
     }
 
     /// Opens the journal for this agent alone; what it holds then is on disk.
-    fn hold(&self) -> Result<JournalFile, AppendError> {
-        JournalFile::open(&self.path.join(JOURNAL_FILE)).map_err(|e| match e {
+    fn hold(&self) -> Result<Held, AppendError> {
+        let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+        let file = JournalFile::open(&self.path.join(JOURNAL_FILE)).map_err(|e| match e {
             BlockError::Locked { .. } => AppendError::InUse,
             other => AppendError::Failed(other.into()),
-        })
+        })?;
+        Ok(Held { file, _turn: turn })
     }
 
     /// The saved progress of a move, if it is there and readable.
@@ -182,6 +192,15 @@ impl VmDir {
         let mut file = std::fs::File::create(path).map_err(|e| ApiError::io("create", path, &e))?;
         file.write_all(bytes).and_then(|()| file.sync_all()).map_err(|e| ApiError::io("write", path, &e))
     }
+}
+
+/// Whose turn it is: one task of the agent has a journal open at a time, so that one that is in use has a process that writes it.
+static TURN: Mutex<()> = Mutex::new(());
+
+/// A journal that is open for the agent alone.
+struct Held {
+    file: JournalFile,
+    _turn: MutexGuard<'static, ()>,
 }
 
 /// Makes what was created in, or removed from, a directory durable.

@@ -103,6 +103,8 @@ pub enum JournalFault {
 struct Log {
     durable: Vec<u8>,
     cached: Vec<u8>,
+    /// Where what the next sync writes begins. One that fails leaves it in the cache, marked clean, as Linux does: no later one writes it.
+    dirty: Option<usize>,
     held: bool,
     fault: Option<JournalFault>,
     /// Set by a fault that ends the process or the host: the world carries it out.
@@ -129,6 +131,11 @@ impl JournalPlace {
         self.0.borrow_mut().struck.take()
     }
 
+    /// Syncs it beside its writer; whether that went well.
+    pub fn sync_beside(&self) -> bool {
+        self.0.borrow_mut().sync().is_ok()
+    }
+
     /// Whether somebody holds it.
     pub fn is_held(&self) -> bool {
         self.0.borrow().held
@@ -150,7 +157,7 @@ impl JournalPlace {
             left.clone_from(&log.durable);
         }
         log.durable.clone_from(&left);
-        log.cached = left;
+        (log.cached, log.dirty) = (left, None);
         log.held = false;
     }
 }
@@ -179,7 +186,9 @@ impl Medium for JournalMedium {
     }
 
     fn cut(&self, len: u64) -> io::Result<()> {
-        self.log()?.cached.truncate(len as usize);
+        let mut log = self.log()?;
+        log.cached.truncate(len as usize);
+        log.touch(len as usize);
         Ok(())
     }
 
@@ -194,12 +203,23 @@ impl Medium for JournalMedium {
             log.cached.resize(end, 0);
         }
         log.cached[at as usize..end].copy_from_slice(bytes);
+        log.touch(at as usize);
         Ok(())
     }
 
     fn sync(&self) -> io::Result<()> {
-        let mut log = self.log()?;
-        let dirty = log.cached != log.durable;
+        self.log()?.sync()
+    }
+}
+
+impl Log {
+    fn touch(&mut self, at: usize) {
+        self.dirty = Some(self.dirty.map_or(at, |from| from.min(at)));
+    }
+
+    fn sync(&mut self) -> io::Result<()> {
+        let log = self;
+        let dirty = log.dirty.is_some();
         match log.fault {
             Some(
                 fault
@@ -210,13 +230,18 @@ impl Medium for JournalMedium {
                 Err(Error::other("never answered"))
             }
             Some(JournalFault::SyncFails) if dirty => {
-                log.fault = None;
+                (log.fault, log.dirty) = (None, None);
                 Err(Error::other("I/O error"))
             }
-            Some(JournalFault::Broken) => Err(Error::other("I/O error")),
+            Some(JournalFault::Broken) => {
+                log.dirty = None;
+                Err(Error::other("I/O error"))
+            }
             _ => {
-                let Log { durable, cached, .. } = &mut *log;
-                durable.clone_from(cached);
+                if let Some(from) = log.dirty.take() {
+                    log.durable.resize(from, 0);
+                    log.durable.extend_from_slice(&log.cached[from..]);
+                }
                 Ok(())
             }
         }

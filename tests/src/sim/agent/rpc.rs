@@ -176,7 +176,10 @@ impl World {
             Ask::Start { move_id } => self.start_incoming(from, here, &move_id),
             Ask::Discard { move_id } => self.discard_incoming(from, here, &move_id),
             Ask::Verdict { move_id } => Answer::Word(self.verdict(from, here, &move_id)),
-            Ask::Holding { move_id } => Answer::Holds(self.holds(here, &move_id)),
+            Ask::Holding { move_id } => match self.holds(here, &move_id) {
+                Some(holding) => Answer::Holds(holding),
+                None => Answer::No("the journal cannot be synced".into()),
+            },
         }
     }
 

@@ -3,6 +3,8 @@
 //!
 //! Never enters: the table itself.
 
+use std::collections::BTreeSet;
+
 use vmove_compute::migrate::VmJournal;
 use vmove_mirror::{
     journal::{DiskAt, Journal, MoveId, Record, Standing, Verdict},
@@ -184,17 +186,28 @@ impl World {
         Some(self.hosts[host].dir.as_ref()?.look().standing().clone())
     }
 
-    /// What this host holds of the VM. That it was taken over here is never forgotten: a source that comes back must learn of it.
-    pub fn holds(&self, here: HostId, id: &MoveId) -> Holding {
-        let held = self.stands(here).as_ref().map_or(Holding::Nothing, holding);
+    /// What this host holds of the VM, if its disk bears that out. That it was taken over here is never forgotten: a source that comes
+    /// back must learn of it.
+    pub fn holds(&mut self, here: HostId, id: &MoveId) -> Option<Holding> {
+        let it = &self.hosts[here];
+        let held = match (&it.dir, &it.process) {
+            (None, _) => Holding::Nothing,
+            (Some(_), None) => holding(self.agent_reads(here)?.standing()),
+            (Some(dir), Some(_)) => {
+                let journal = dir.look();
+                // A sync beside a writer is as good as one of its own: both fail, or both write what is dirty.
+                (self.mutation == Some(Mutation::BelieveUnsynced) || dir.journal.sync_beside())
+                    .then(|| holding(journal.standing()))?
+            }
+        };
         let by_journal = self.records(here).into_iter().find_map(|record| match record {
             Record::TakenOver { move_id, generation, .. } if move_id == *id => Some(generation),
             _ => None,
         });
-        match (held, by_journal.or_else(|| self.hosts[here].taken.get(id).copied())) {
+        Some(match (held, by_journal.or_else(|| self.hosts[here].taken.get(id).copied())) {
             (Holding::Nothing, Some(generation)) => Holding::Owner { generation },
             (held, _) => held,
-        }
+        })
     }
 
     /// Removes what is here of a VM that is not this host's: images, directory. Reports of moves are kept.
@@ -220,14 +233,22 @@ impl World {
     }
 
     fn forget(&mut self, host: HostId) {
-        for record in self.records(host) {
-            if let Record::TakenOver { move_id, generation, .. } = record {
-                self.hosts[host].taken.insert(move_id, generation);
-            }
-        }
+        let records = self.records(host);
         let it = &mut self.hosts[host];
         if let Some(dir) = it.dir.take() {
             it.archive.extend(dir.reports);
+        }
+        let mut left = BTreeSet::new();
+        for record in records {
+            match record {
+                Record::TakenOver { move_id, generation, .. } => drop(it.taken.insert(move_id, generation)),
+                Record::Moving { move_id, .. } => drop(left.insert(move_id)),
+                // Its process may have died between the record and the report.
+                Record::Aborted { move_id } if left.contains(&move_id) => {
+                    it.archive.entry(move_id).or_insert(false);
+                }
+                _ => {}
+            }
         }
         self.note(|| format!("host {host}: nothing of the VM is left here"));
     }

@@ -76,9 +76,10 @@ impl World {
         ) {
             return Some(format!("host {} has let the VM go, host {} has it and is gone", here.id, there.id));
         }
-        let alive = self.hosts.iter().filter(|host| !host.gone).any(|host| host.dir.is_some());
-        let owner = self.hosts.iter().filter(|host| host.gone).find(owner)?;
-        (!alive).then(|| format!("host {} has the VM and is gone", owner.id))
+        let (gone, alive): (Vec<_>, Vec<_>) =
+            self.hosts.iter().filter(|host| host.dir.is_some()).partition(|host| host.gone);
+        let first = gone.first().filter(|_| alive.is_empty())?;
+        Some(format!("all hosts that have something of the VM are gone, such as {}", first.id))
     }
 
     /// Everything that can be settled must be.
