@@ -110,10 +110,15 @@ impl Agent {
             if !look.path().exists() || process::find(look.path()).is_some() {
                 return Ok(None);
             }
-            Ok(Some(look.durable_journal()?))
+            Ok(Some(look.durable_journal()))
         })
         .await?;
-        let Some(journal) = found else { return Ok(Settled::Done) };
+        let journal = match found {
+            None => return Ok(Settled::Done),
+            // A process that is just coming, or going.
+            Some(Err(AppendError::InUse)) => return Ok(Settled::Busy),
+            Some(journal) => journal?,
+        };
         let answer = self.ask_other(name, &journal).await;
         let standing = journal.standing().clone();
         let settlement = settle(&standing, answer);

@@ -25,6 +25,8 @@ const UNANSWERED: Duration = Duration::from_secs(3);
 const ATTEMPTS: u32 = 5;
 /// Times that agents may refuse a move. Once is not enough: they may speak of what has just passed.
 const REFUSALS: u32 = 2;
+/// How long a host may take to let go of what it has given away. One that does not is told of by `vmove ls` and `vmove recover`.
+const LET_GO: Duration = Duration::from_secs(30);
 /// How long nothing at all may happen before what is left is given up.
 const PATIENCE: Duration = Duration::from_mins(2);
 
@@ -139,6 +141,7 @@ pub async fn drive(client: &Client, plan: &Plan, limits: &Limits, say: impl FnMu
     let at_once = plan.at_once.clamp(1, limits.parallel.max(1));
     let mut driver = Driver { client, limits, at_once, steps: steps.collect(), stirred: now, say };
     driver.run().await;
+    driver.until_let_go().await;
     driver.steps.into_iter().map(Step::report).collect()
 }
 
@@ -177,6 +180,17 @@ impl<S: FnMut(String)> Driver<'_, S> {
                 return;
             }
             tokio::time::sleep(TICK).await;
+        }
+    }
+
+    /// A host holds what it has given away for a moment longer: whoever empties it to switch it off waits for that too.
+    async fn until_let_go(&self) {
+        let end = Instant::now() + LET_GO;
+        while Instant::now() < end {
+            match self.client.inventory().await {
+                Ok(inventory) if !self.steps.iter().any(|step| step.is_held(&inventory)) => return,
+                _ => tokio::time::sleep(TICK).await,
+            }
         }
     }
 
@@ -360,6 +374,13 @@ impl<S: FnMut(String)> Driver<'_, S> {
 }
 
 impl Step {
+    /// Whether its VM has moved and the host it came from still has something of it.
+    fn is_held(&self, inventory: &ClusterInventory) -> bool {
+        let from = inventory.hosts.iter().find(|there| there.host.name == self.planned.from);
+        self.state == State::Ended(Outcome::Moved)
+            && from.is_some_and(|from| from.vms.iter().any(|held| held.vm.summary.name == self.planned.vm))
+    }
+
     fn report(self) -> VmReport {
         let outcome = match self.state {
             State::Ended(outcome) => outcome,
