@@ -248,7 +248,7 @@ fn fixed(old: &VmDefinition, new: &VmDefinition) -> Vec<String> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::api_tests::Host;
+    use super::super::test_hosts::Host;
     use super::*;
     use crate::api::definitions::NewName;
     use crate::api::types::NetworkDefinition;

@@ -71,6 +71,10 @@ mod routes_vm;
 mod routes_watch;
 mod seed;
 pub mod settle;
+#[cfg(test)]
+mod settle_tests;
+#[cfg(test)]
+mod test_hosts;
 pub mod vmdir;
 pub mod vms;
 mod watched;

@@ -5,7 +5,7 @@
 use vmove_mirror::journal::{MoveId, Record, Standing, TAKE_OVER_STEP};
 use vmove_storage::{OwnerState, Stamp};
 
-use super::api_tests::{Host, code, eventually, pair};
+use super::test_hosts::{Host, code, eventually, pair};
 use crate::api::recovery::{RecoveryReport, StandingKind};
 use crate::api::types::VmState;
 use crate::client::Client;

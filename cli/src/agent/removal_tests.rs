@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use vmove_mirror::journal::Record;
 
-use super::api_tests::{Host, code, eventually, pair};
 use super::recovery_tests::{aftermath, moving, recovered};
+use super::test_hosts::{Host, code, eventually, pair};
 use super::{cluster, peers};
 use crate::api::types::HostInfo;
 

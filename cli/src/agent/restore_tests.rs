@@ -7,9 +7,9 @@ use vmove_compute::checkpoint::sums::FileSums;
 use vmove_mirror::journal::{MoveId, Record};
 use vmove_storage::{ImageFormat, ImageSpec};
 
-use super::api_tests::{Host, code, definition, eventually, pair};
 use super::recovery_tests::{aftermath, moving};
 use super::registry::RESTORING;
+use super::test_hosts::{Host, code, definition, eventually, pair};
 use crate::api::checkpoint::RestoreCheckpoint;
 use crate::client::{Client, ClientError};
 
@@ -21,7 +21,7 @@ fn checkpoint(host: &Host) {
     let disk = Manifest::disk_file(0);
     vmove_storage::create(&dir.join(&disk), &ImageSpec::new(ImageFormat::Qcow2, 1 << 20)).unwrap();
     std::fs::File::create(dir.join(RAM)).unwrap().set_len(vm.memory_mib << 20).unwrap();
-    std::fs::write(dir.join(KERNEL), super::api_tests::KERNEL).unwrap();
+    std::fs::write(dir.join(KERNEL), super::test_hosts::KERNEL).unwrap();
     let sums = |file: &str| FileSums::of(&dir.join(file)).unwrap();
     let manifest = Manifest {
         name: "one".into(),
