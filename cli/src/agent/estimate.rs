@@ -52,18 +52,17 @@ impl Agent {
     pub async fn estimate(
         self: &Arc<Self>,
         name: &str,
-        request: EstimateRequest,
+        EstimateRequest { order, watch_ms }: EstimateRequest,
     ) -> Result<Estimate, ApiError> {
-        let time = Duration::from_millis(request.watch_ms);
+        let time = Duration::from_millis(watch_ms);
         if !(SHORTEST..=LONGEST).contains(&time) {
             return Err(ApiError::invalid(format!(
-                "watch_ms is {}; it must be {} to {}",
-                request.watch_ms,
+                "watch_ms is {watch_ms}; it must be {} to {}",
                 SHORTEST.as_millis(),
                 LONGEST.as_millis()
             )));
         }
-        let plan = match self.move_vm(name, request.dry_run()).await? {
+        let plan = match self.move_vm(name, MoveRequest { dry_run: true, ..order.clone() }).await? {
             MoveAnswer::Plan(plan) => plan,
             MoveAnswer::Accepted(_) => return Err(ApiError::internal("a dry run has begun a move")),
         };
@@ -72,9 +71,9 @@ impl Agent {
         }
         let vm = self.registry.vm(name)?;
         let seen = watch(&vm, name, time).await?;
-        let way = self.way(&plan, request.bandwidth).await?;
+        let way = self.way(&plan, order.bandwidth).await?;
         let measured = measured(&plan, &seen, &way);
-        let foreseen = predict(&measured, request.max_downtime_ms.saturating_mul(1000));
+        let foreseen = predict(&measured, order.max_downtime_ms.saturating_mul(1000));
         let estimate = Estimate {
             converges: match foreseen.convergence {
                 Convergence::Yes => Converges::Yes,
@@ -83,15 +82,15 @@ impl Agent {
             },
             predicted: in_report_units(&foreseen),
             rounds: (foreseen.rounds.low, foreseen.rounds.high),
-            advice: advice(&foreseen, request.bandwidth),
+            advice: advice(&foreseen, order.bandwidth),
             measured: rates(&seen, &measured, &way),
             plan,
         };
         let remembered = Remembered {
             made_at: now(),
             plan: estimate.plan.clone(),
-            max_downtime_ms: request.max_downtime_ms,
-            bandwidth: request.bandwidth,
+            max_downtime_ms: order.max_downtime_ms,
+            bandwidth: order.bandwidth,
             predicted: estimate.predicted.clone(),
         };
         let text = serde_json::to_string(&remembered)

@@ -2,62 +2,29 @@
 //!
 //! Lives here: plain data. Never enters: measuring (the VM's process, the agents' `estimate`), arithmetic (`vmove_mirror::predict`).
 
-use std::collections::BTreeMap;
-
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 pub use vmove_compute::process::protocol::{Predicted, Range};
 
-use super::types::{DEFAULT_MAX_DOWNTIME_MS, MovePlan, MoveRequest};
+use super::types::{MovePlan, MoveRequest};
 
 /// How long a VM is watched when a request does not say, ms.
 pub const DEFAULT_WATCH_MS: u64 = 3_000;
 
-/// Estimate a move. The fields are those of [`MoveRequest`].
+/// Estimate a move.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct EstimateRequest {
-    /// Where it shall run; none = stay.
-    #[serde(default)]
-    pub host: Option<String>,
-    /// Where its disks shall lie.
-    #[serde(default)]
-    pub datastore: Option<String>,
-    /// The same for single disks, by name.
-    #[serde(default)]
-    pub disks: BTreeMap<String, String>,
-    /// Pause aimed at, ms.
-    #[serde(default = "default_max_downtime_ms")]
-    pub max_downtime_ms: u64,
-    /// Cap on bytes per second; none = unlimited.
-    #[serde(default)]
-    pub bandwidth: Option<u64>,
+    /// The move; it is not begun.
+    #[serde(rename = "move")]
+    pub order: MoveRequest,
     /// How long to watch the VM, ms.
     #[serde(default = "default_watch_ms")]
     pub watch_ms: u64,
 }
 
-fn default_max_downtime_ms() -> u64 {
-    DEFAULT_MAX_DOWNTIME_MS
-}
-
 fn default_watch_ms() -> u64 {
     DEFAULT_WATCH_MS
-}
-
-impl EstimateRequest {
-    /// The move that is estimated, as a dry run.
-    pub fn dry_run(&self) -> MoveRequest {
-        MoveRequest {
-            host: self.host.clone(),
-            datastore: self.datastore.clone(),
-            disks: self.disks.clone(),
-            dry_run: true,
-            max_downtime_ms: self.max_downtime_ms,
-            bandwidth: self.bandwidth,
-            ..MoveRequest::default()
-        }
-    }
 }
 
 /// How sure it is that the VM can be moved without stopping it for longer than was allowed.

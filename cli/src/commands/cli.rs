@@ -193,7 +193,7 @@ mod tests {
             let Command::Move(args) = parse(words(text))?.command else {
                 panic!("{text} is a move");
             };
-            assert_eq!((args.vm.as_str(), args.host.as_deref()), ("web1", Some("b")), "{text}");
+            assert_eq!((args.to.vm.as_str(), args.to.host.as_deref()), ("web1", Some("b")), "{text}");
         }
         assert!(matches!(parse(words("vmove --agent /x ls --json"))?.command, Command::Ls(_)));
         assert!(matches!(parse(words("vmove host ls"))?.command, Command::Host(_)));
@@ -207,9 +207,9 @@ mod tests {
         let Command::Move(args) = parse(words(&text.replace("                    ", "")))?.command else {
             panic!("is a move");
         };
-        assert_eq!(args.disk.len(), 2);
-        assert_eq!(args.max_downtime.as_millis(), 50);
-        assert_eq!(args.bandwidth, Some(1 << 30));
+        assert_eq!(args.to.disk.len(), 2);
+        assert_eq!(args.to.max_downtime.as_millis(), 50);
+        assert_eq!(args.to.bandwidth, Some(1 << 30));
         assert!(
             args.dry_run
                 && args.json

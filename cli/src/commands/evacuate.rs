@@ -60,10 +60,10 @@ pub struct LimitArgs {
     #[arg(long, value_name = "N", default_value_t = 4, value_parser = parallel)]
     pub parallel: usize,
     /// Cap on the data rate of all moves together, as in 1GiB/s [default: none]
-    #[arg(long, value_name = "RATE", value_parser = super::move_vm::rate)]
+    #[arg(long, value_name = "RATE", value_parser = super::destination::rate)]
     pub bandwidth: Option<u64>,
     /// What the link of a host is taken to carry, for the predictions
-    #[arg(long, value_name = "RATE", default_value = "1GB/s", value_parser = super::move_vm::rate)]
+    #[arg(long, value_name = "RATE", default_value = "1GB/s", value_parser = super::destination::rate)]
     pub link: u64,
     /// vCPUs a host may carry for each of its CPUs
     #[arg(long, value_name = "N", default_value_t = 4, value_parser = vcpus_per_cpu)]

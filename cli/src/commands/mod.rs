@@ -11,6 +11,7 @@ mod confirm;
 mod console;
 mod context;
 mod create;
+mod destination;
 mod edit;
 mod error;
 mod estimate;
@@ -73,7 +74,7 @@ fn run(cli: Cli) -> Result<(), CommandError> {
         Command::Demo(args) => blocking(async move { args.run().await }),
         Command::Bench(args) => blocking(async move { args.run().await }),
         // A mistyped command is taken for a VM: say so before looking for an agent.
-        Command::Move(ref args) if args.goes_nowhere() => Err(args.where_to()),
+        Command::Move(ref args) if args.to.is_nowhere() => Err(args.to.where_to()),
         command => blocking(async move {
             with_agent(command, &client::discover(agent.as_deref(), context.as_deref())?).await
         }),

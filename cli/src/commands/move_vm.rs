@@ -1,11 +1,11 @@
 //! `vmove <VM>`: order a move, show it, report it.
 
-use std::collections::BTreeMap;
 use std::time::Duration;
 
 use tokio::signal;
 
 use super::CommandError;
+use super::destination::Destination;
 use crate::api::types::{MoveAccepted, MoveAnswer, MoveProgress, MoveReport, MoveRequest};
 use crate::client::{Client, ClientError};
 use crate::render::progress::MoveBars;
@@ -17,30 +17,15 @@ const POLL: Duration = Duration::from_millis(200);
 /// Arguments of a move.
 #[derive(Debug, Clone, PartialEq, Eq, clap::Args)]
 pub struct MoveArgs {
-    /// The VM to move
-    #[arg(value_name = "VM")]
-    pub vm: String,
-    /// Host it shall run on
-    #[arg(long, value_name = "HOST")]
-    pub host: Option<String>,
-    /// Datastore its disks shall lie in
-    #[arg(long, value_name = "DATASTORE")]
-    pub datastore: Option<String>,
-    /// Datastore of one disk (repeat for more)
-    #[arg(long, value_name = "NAME=DATASTORE", value_parser = disk_target)]
-    pub disk: Vec<(String, String)>,
+    /// Where to.
+    #[command(flatten)]
+    pub to: Destination,
     /// Only say what would be done and what stands in the way
     #[arg(long)]
     pub dry_run: bool,
     /// Print the plan or the report as JSON
     #[arg(long)]
     pub json: bool,
-    /// Longest pause to aim at
-    #[arg(long, value_name = "TIME", default_value = "100ms", value_parser = units::parse_duration)]
-    pub max_downtime: Duration,
-    /// Cap on the data rate, as in 1GiB/s [default: none]
-    #[arg(long, value_name = "RATE", value_parser = rate)]
-    pub bandwidth: Option<u64>,
     /// Keep the images at the source, stamped stale
     #[arg(long)]
     pub keep_source: bool,
@@ -55,70 +40,22 @@ pub struct MoveArgs {
     pub detach: bool,
 }
 
-pub(super) fn disk_target(text: &str) -> Result<(String, String), String> {
-    match text.split_once('=') {
-        Some((name, datastore)) if !name.is_empty() && !datastore.is_empty() => {
-            Ok((name.to_owned(), datastore.to_owned()))
-        }
-        _ => Err("expected NAME=DATASTORE".to_owned()),
-    }
-}
-
-pub(super) fn rate(text: &str) -> Result<u64, String> {
-    match units::parse_rate(text) {
-        Ok(0) => Err("a rate of 0 would never end".to_owned()),
-        Ok(rate) => Ok(rate),
-        Err(error) => Err(error.to_string()),
-    }
-}
-
-/// The targets of single disks, each named once.
-pub(super) fn targets(given: &[(String, String)]) -> Result<BTreeMap<String, String>, CommandError> {
-    let mut disks = BTreeMap::new();
-    for (name, datastore) in given {
-        if disks.insert(name.clone(), datastore.clone()).is_some() {
-            return Err(CommandError::Usage(format!("--disk {name} is given twice")));
-        }
-    }
-    Ok(disks)
-}
-
 impl MoveArgs {
-    /// No target is named.
-    pub fn goes_nowhere(&self) -> bool {
-        self.host.is_none() && self.datastore.is_none() && self.disk.is_empty()
-    }
-
-    /// The usage error for that.
-    pub fn where_to(&self) -> CommandError {
-        CommandError::Usage(format!(
-            "where to? Name --host, --datastore or --disk to move the VM '{}' ('vmove --help' lists the commands)",
-            self.vm
-        ))
-    }
-
     /// The request to the agent.
     fn request(&self) -> Result<MoveRequest, CommandError> {
-        if self.goes_nowhere() {
-            return Err(self.where_to());
-        }
         Ok(MoveRequest {
-            host: self.host.clone(),
-            datastore: self.datastore.clone(),
-            disks: targets(&self.disk)?,
             dry_run: self.dry_run,
-            max_downtime_ms: self.max_downtime.as_millis() as u64,
-            bandwidth: self.bandwidth,
             keep_source: self.keep_source,
             audit: self.audit,
             insecure_plain: self.insecure_plain,
+            ..self.to.request()?
         })
     }
 
     /// Moves the VM and reports.
     pub async fn run(&self, client: &Client) -> Result<(), CommandError> {
         let request = self.request()?;
-        match client.move_vm(&self.vm, &request).await? {
+        match client.move_vm(&self.to.vm, &request).await? {
             MoveAnswer::Plan(plan) => {
                 if self.json {
                     render::print_json(&plan)?;
@@ -129,7 +66,7 @@ impl MoveArgs {
                     return Ok(());
                 }
                 Err(CommandError::Failed {
-                    message: format!("{} cannot be moved so", self.vm),
+                    message: format!("{} cannot be moved so", self.to.vm),
                     blockers: plan.blockers,
                 })
             }
@@ -142,10 +79,10 @@ impl MoveArgs {
                 Ok(())
             }
             MoveAnswer::Accepted(accepted) => {
-                let title = format!("{} -> {}", self.vm, render::report::place(&accepted.plan.to));
+                let title = format!("{} -> {}", self.to.vm, render::report::place(&accepted.plan.to));
                 let bars = MoveBars::new(&title, true);
                 let ended = follow_cancellable(client, &accepted, bars).await?;
-                finish(&self.vm, ended, self.json)
+                finish(&self.to.vm, ended, self.json)
             }
         }
     }
@@ -291,23 +228,6 @@ mod tests {
     use super::*;
     use crate::api::types::{DowntimeParts, MemoryReport, Place};
 
-    fn args() -> MoveArgs {
-        MoveArgs {
-            vm: "vm1".into(),
-            host: None,
-            datastore: None,
-            disk: Vec::new(),
-            dry_run: false,
-            json: false,
-            max_downtime: Duration::from_millis(50),
-            bandwidth: None,
-            keep_source: false,
-            audit: false,
-            insecure_plain: false,
-            detach: false,
-        }
-    }
-
     fn ended(phase: &str, outcome: Option<&str>) -> MoveProgress {
         let place = Place { host: "h".into(), datastore: "d".into() };
         MoveProgress {
@@ -344,15 +264,6 @@ mod tests {
     }
 
     #[test]
-    fn a_move_to_nowhere_is_a_usage_error() {
-        assert!(args().request().is_err_and(|e| e.code() == 2 && e.to_string().contains("vm1")));
-        let twice = MoveArgs { disk: vec![("a".into(), "x".into()), ("a".into(), "y".into())], ..args() };
-        assert!(twice.request().is_err_and(|e| e.code() == 2));
-        let good = MoveArgs { host: Some("b".into()), ..args() };
-        assert!(good.request().is_ok_and(|r| r.max_downtime_ms == 50 && r.host.as_deref() == Some("b")));
-    }
-
-    #[test]
     fn ends_map_to_exit_codes() {
         let code =
             |phase: &str, word: Option<&str>| outcome("vm1", &ended(phase, word)).map_err(|e| e.code()).err();
@@ -361,12 +272,5 @@ mod tests {
         assert_eq!(code("aborted", Some("aborted")), Some(1));
         assert_eq!(code("setup", None), Some(1));
         assert_eq!(code("committed", None), Some(3));
-    }
-
-    #[test]
-    fn disk_words() {
-        assert_eq!(disk_target("vda=fast"), Ok(("vda".into(), "fast".into())));
-        assert!(disk_target("vda").is_err() && disk_target("=x").is_err() && disk_target("x=").is_err());
-        assert!(rate("0").is_err() && rate("1GiB/s").is_ok());
     }
 }
