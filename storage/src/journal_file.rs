@@ -52,32 +52,46 @@ pub trait Place {
     fn path(&self) -> &Path;
 }
 
-impl Medium for File {
+/// A file that is locked as long as it is open here.
+#[derive(Debug)]
+pub struct LockedFile(File);
+
+impl Drop for LockedFile {
+    fn drop(&mut self) {
+        // Closing releases too, unless a child that is just being started still has a copy of the descriptor.
+        let _ = self.0.unlock();
+    }
+}
+
+fn read_all(mut file: &File) -> io::Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    file.seek(SeekFrom::Start(0))?;
+    file.take(MAX_FILE + 1).read_to_end(&mut bytes)?;
+    Ok(bytes)
+}
+
+impl Medium for LockedFile {
     fn read(&self) -> io::Result<Vec<u8>> {
-        let mut bytes = Vec::new();
-        let mut file = self;
-        file.seek(SeekFrom::Start(0))?;
-        file.take(MAX_FILE + 1).read_to_end(&mut bytes)?;
-        Ok(bytes)
+        read_all(&self.0)
     }
 
     fn cut(&self, len: u64) -> io::Result<()> {
-        self.set_len(len)
+        self.0.set_len(len)
     }
 
     fn write(&self, bytes: &[u8], at: u64) -> io::Result<()> {
-        self.write_all_at(bytes, at)
+        self.0.write_all_at(bytes, at)
     }
 
     fn sync(&self) -> io::Result<()> {
-        self.sync_data()
+        self.0.sync_data()
     }
 }
 
 impl Place for PathBuf {
-    type Medium = File;
+    type Medium = LockedFile;
 
-    fn open(&self) -> Result<File> {
+    fn open(&self) -> Result<LockedFile> {
         let file = OpenOptions::new()
             .read(true)
             .write(true)
@@ -93,6 +107,7 @@ impl Place for PathBuf {
             }
             Err(TryLockError::Error(e)) => return Err(BlockError::io("lock journal", self, e)),
         }
+        let file = LockedFile(file);
         durable::sync_parent(self)?;
         Ok(file)
     }
@@ -103,7 +118,7 @@ impl Place for PathBuf {
             Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
             Err(e) => return Err(BlockError::io("open journal", self, e)),
         };
-        Medium::read(&file).map_err(|e| BlockError::io("read journal", self, e))
+        read_all(&file).map_err(|e| BlockError::io("read journal", self, e))
     }
 
     fn path(&self) -> &Path {
@@ -113,7 +128,7 @@ impl Place for PathBuf {
 
 /// A journal open for appending, by this process only.
 #[derive(Debug)]
-pub struct JournalFile<M = File> {
+pub struct JournalFile<M = LockedFile> {
     file: M,
     path: PathBuf,
     end: u64,
@@ -294,6 +309,16 @@ mod tests {
         let all = JournalFile::read_all(&path).unwrap();
         assert_eq!(all, [b"prepared".to_vec(), b"committed".to_vec(), b"owner".to_vec()]);
         assert!(JournalFile::read_all(&path.with_extension("none")).unwrap().is_empty());
+    }
+
+    /// As a child has one of every open file between fork(2) and execve(2).
+    #[test]
+    fn a_copy_of_the_descriptor_does_not_keep_the_lock() {
+        let (_dir, path) = journal_with(&[b"prepared"]);
+        let journal = JournalFile::open(&path).unwrap();
+        let _copy = journal.file.0.try_clone().unwrap();
+        drop(journal);
+        assert!(JournalFile::open(&path).is_ok());
     }
 
     #[test]
