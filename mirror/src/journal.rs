@@ -130,6 +130,16 @@ pub enum Record {
 }
 
 impl Record {
+    /// What is this host's by this record: at which generation, with which images.
+    pub fn owned(&self) -> Option<(u64, &[DiskAt])> {
+        match self {
+            Self::Owner { generation, disks } | Self::TakenOver { generation, disks, .. } => {
+                Some((*generation, disks))
+            }
+            _ => None,
+        }
+    }
+
     /// Largest encoded record, bytes.
     pub const MAX_BYTES: usize = 64 << 10;
 

@@ -39,7 +39,7 @@ pub use error::{BlockError, Result};
 pub use image::{BackingSpec, ImageFormat, ImageInfo, ImageSpec, create, info};
 pub use imago::io_buffers::{IoVector, IoVectorMut};
 pub use import::import;
-pub use journal_file::{JournalFile, Medium, Place};
+pub use journal_file::{JournalFile, LockedFile, Medium, Place};
 pub use lock::{ImageLock, LockMode};
 pub use open::{BackingPolicy, OpenOptions, Owner};
 pub use repair::repair;

@@ -6,7 +6,7 @@
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
-use vmove_mirror::journal::{MoveId, Record};
+use vmove_mirror::journal::{MoveId, Record, Standing};
 
 use super::Agent;
 use super::error::ApiError;
@@ -21,7 +21,9 @@ impl Agent {
         let archive = self.archive_dir()?;
         for entry in std::fs::read_dir(vm.moves()).into_iter().flatten().filter_map(Result::ok) {
             let from = entry.path();
-            if from.extension().is_some_and(|extension| extension == "json") {
+            // One that a power cut has emptied may be here already, from when the move was followed.
+            if from.extension().is_some_and(|extension| extension == "json") && read_progress(&from).is_some()
+            {
                 let to = archive.join(entry.file_name());
                 std::fs::rename(&from, &to).map_err(|e| ApiError::io("keep", &from, &e))?;
             }
@@ -34,13 +36,21 @@ impl Agent {
                 }
                 Record::Moving { move_id, .. } => drop(left.insert(move_id)),
                 // Its process may have died between the record and the report.
-                Record::Aborted { move_id } if left.contains(&move_id) => {
-                    if !archive.join(format!("{move_id}.json")).exists() {
-                        self.keep_progress(&given_up(move_id.as_str()))?;
-                    }
-                }
+                Record::Aborted { move_id } if left.contains(&move_id) => self.keep_given_up(&move_id)?,
                 _ => {}
             }
+        }
+        // It has no process, so it can never commit; nobody could journal that.
+        if let Standing::Moving { move_id, .. } = vm.journal()?.standing() {
+            self.keep_given_up(move_id)?;
+        }
+        Ok(())
+    }
+
+    /// Notes that a move from here was given up, if nothing is known of its end.
+    fn keep_given_up(&self, move_id: &MoveId) -> Result<(), ApiError> {
+        if read_progress(&self.archive_dir()?.join(format!("{move_id}.json"))).is_none() {
+            self.keep_progress(&given_up(move_id.as_str()))?;
         }
         Ok(())
     }

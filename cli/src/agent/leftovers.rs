@@ -106,24 +106,21 @@ impl Agent {
 /// Images of a VM that runs elsewhere: removed, or kept as stale if that was asked for. The VM process does this itself; here
 /// it is made up for after a crash.
 fn retire(name: &str, vm: &VmDir) -> Result<(), ApiError> {
-    let owned = vm.records()?.into_iter().rev().find_map(|record| match record {
-        Record::Owner { generation, disks } => Some((generation, disks)),
-        _ => None,
-    });
-    let Some((generation, disks)) = owned else { return Ok(()) };
-    retire_disks(name, vm, generation, &placements(&disks))
+    let records = vm.records()?;
+    let Some((generation, disks)) = records.iter().rev().find_map(Record::owned) else { return Ok(()) };
+    retire_disks(name, vm, generation, &placements(disks))
 }
 
 /// Images that a VM of this host left behind in another datastore, when its process died between that commit and their end.
 pub(super) fn retire_left(name: &str, vm: &VmDir, standing: &Standing) -> Result<(), ApiError> {
     let Standing::Owner { generation: current, disks } = standing else { return Ok(()) };
-    for record in vm.records()? {
-        let Record::Owner { generation, disks: mut left } = record else { continue };
+    for (generation, had) in vm.records()?.iter().filter_map(Record::owned) {
         if generation >= *current {
             continue;
         }
-        left.retain(|old| disks.iter().all(|disk| disk.path != old.path));
-        retire_disks(name, vm, generation, &placements(&left))?;
+        let mut left = placements(had);
+        left.retain(|old| disks.iter().all(|disk| old.path.as_os_str() != disk.path.as_str()));
+        retire_disks(name, vm, generation, &left)?;
     }
     Ok(())
 }
@@ -167,7 +164,7 @@ fn saved_request(vm: &VmDir) -> Option<MoveRequest> {
 mod tests {
     use super::*;
     use crate::agent::vmdir::disks_at;
-    use vmove_mirror::journal::MoveId;
+    use vmove_mirror::journal::{MoveId, TAKE_OVER_STEP};
 
     #[test]
     fn a_broken_off_arrival_leaves_no_image_but_spares_others() {
@@ -200,6 +197,29 @@ mod tests {
         let left: Vec<bool> = all.iter().map(|disk| disk.path.exists()).collect();
         assert_eq!(left, [true, false, true, true, true, true, false]);
         assert_eq!(Stamp::read(&all[6].path).unwrap(), None);
+    }
+
+    #[test]
+    fn images_of_a_vm_that_was_taken_over_and_has_left_are_removed() {
+        let dir = tempfile::tempdir().unwrap();
+        let disk =
+            DiskPlacement { name: "vda".into(), datastore: "x".into(), path: dir.path().join("vda.qcow2") };
+        let disks = disks_at(std::slice::from_ref(&disk)).unwrap();
+        let vm = VmDir::new(dir.path().to_path_buf());
+        let id = MoveId::new("m").unwrap();
+        let generation = 1 + TAKE_OVER_STEP;
+        for record in [
+            Record::Owner { generation: 1, disks: disks.clone() },
+            Record::Moving { move_id: id.clone(), to_host: Some("gone".into()), generation: 2 },
+            Record::Aborted { move_id: id.clone() },
+            Record::TakenOver { move_id: id, generation, disks },
+        ] {
+            vm.append(&record).unwrap();
+        }
+        std::fs::write(&disk.path, b"x").unwrap();
+        Stamp { vm: "web".into(), generation, state: OwnerState::Owned }.write(&disk.path).unwrap();
+        retire("web", &vm).unwrap();
+        assert!(!disk.path.exists());
     }
 
     #[test]

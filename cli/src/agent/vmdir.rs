@@ -130,11 +130,9 @@ impl VmDir {
     /// still take back what they were told.
     pub fn synced_journal(&self) -> Result<Journal, ApiError> {
         let path = self.path.join(JOURNAL_FILE);
-        if !path.exists() {
-            return Ok(Journal::default());
-        }
         match self.durable_journal() {
-            // Its writer lives: what that could not sync it writes again, or it ends.
+            _ if !path.exists() => Ok(Journal::default()),
+            // Its writer lives. What that could not sync it is just writing again, or it ends: a moment in which this may be wrong.
             Err(AppendError::InUse) => {
                 let journal = self.journal()?;
                 std::fs::File::open(&path)
@@ -194,7 +192,7 @@ impl VmDir {
     }
 }
 
-/// Whose turn it is: one task of the agent has a journal open at a time, so that one that is in use has a process that writes it.
+/// Whose turn it is: one task of the agent has a journal open at a time, so that one that is in use has a process, or one that is ending.
 static TURN: Mutex<()> = Mutex::new(());
 
 /// A journal that is open for the agent alone.

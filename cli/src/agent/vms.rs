@@ -245,11 +245,18 @@ impl Agent {
     /// Does first what is still to be done after the VM's last process: ends a move that died with it, removes images it left, and
     /// asks the target of an aborted move whether it was taken over there. Who starts a VM may be quicker than the agent.
     pub(super) async fn settle_before_start(self: &Arc<Self>, name: &str) -> Result<(), ApiError> {
+        let end = tokio::time::Instant::now() + AFTERMATH;
         loop {
             match self.settle_reserved(name).await? {
                 Settled::Done => return Ok(()),
                 Settled::Again => {}
-                Settled::Busy | Settled::Waiting => break,
+                Settled::Waiting => break,
+                // Its process is ending: the kernel takes its time with much memory.
+                Settled::Busy => {
+                    if tokio::time::Instant::now() >= end || !self.pause(AFTERMATH_INTERVAL).await {
+                        return Err(ApiError::busy(format!("the process of VM {name:?} has not ended yet")));
+                    }
+                }
             }
         }
         let vm = self.registry.vm(name)?;

@@ -51,8 +51,16 @@ impl RecoverArgs {
     async fn take_over(&self, client: &Client, report: &RecoveryReport) -> Result<(), CommandError> {
         let Some(offer) = &report.take_over else {
             eprint!("{}", text(report));
+            let missing = report.hosts.iter().find(|held| {
+                held.waits_for.is_some() && held.images.iter().any(|image| image.allocated_bytes.is_none())
+            });
             return Err(if report.settled {
                 CommandError::failed(format!("{} is not to be taken over: {}", self.vm, report.summary))
+            } else if let Some(held) = missing {
+                CommandError::Undecided(format!(
+                    "{} is not to be taken over on host {}: an image of it is missing there",
+                    self.vm, held.host
+                ))
             } else {
                 CommandError::Undecided(format!(
                     "nothing of {} can be taken over: that needs one host that waits for one that is gone, and all others to answer and to hold \

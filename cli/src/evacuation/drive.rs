@@ -186,9 +186,11 @@ impl<S: FnMut(String)> Driver<'_, S> {
     /// A host holds what it has given away for a moment longer: whoever empties it to switch it off waits for that too.
     async fn until_let_go(&self) {
         let end = Instant::now() + LET_GO;
-        while Instant::now() < end {
+        let has_left = |step: &&Step| matches!(step.state, State::Ended(outcome) if outcome.has_left());
+        let left: Vec<&Step> = self.steps.iter().filter(has_left).collect();
+        while !left.is_empty() && Instant::now() < end {
             match self.client.inventory().await {
-                Ok(inventory) if !self.steps.iter().any(|step| step.is_held(&inventory)) => return,
+                Ok(inventory) if !left.iter().any(|step| step.is_held(&inventory)) => return,
                 _ => tokio::time::sleep(TICK).await,
             }
         }
@@ -374,11 +376,11 @@ impl<S: FnMut(String)> Driver<'_, S> {
 }
 
 impl Step {
-    /// Whether its VM has moved and the host it came from still has something of it.
+    /// Whether the host that its VM came from still has something of it, or cannot say.
     fn is_held(&self, inventory: &ClusterInventory) -> bool {
         let from = inventory.hosts.iter().find(|there| there.host.name == self.planned.from);
-        self.state == State::Ended(Outcome::Moved)
-            && from.is_some_and(|from| from.vms.iter().any(|held| held.vm.summary.name == self.planned.vm))
+        inventory.unreachable.contains_key(&self.planned.from)
+            || from.is_some_and(|from| from.vms.iter().any(|held| held.vm.summary.name == self.planned.vm))
     }
 
     fn report(self) -> VmReport {

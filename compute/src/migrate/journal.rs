@@ -3,9 +3,14 @@
 //! Lives here: append and what a failed append means. Never enters: which records (the engines and the process decide).
 
 use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use vmove_mirror::journal::{Journal, JournalError, Record, Standing};
-use vmove_storage::{BlockError, JournalFile, Place, journal_file};
+use vmove_storage::{BlockError, JournalFile, LockedFile, Place, journal_file};
+
+/// How long a process waits for an agent that holds its journal for a moment, to answer from it.
+const PATIENCE: Duration = Duration::from_secs(2);
 
 /// Why a record is not in the journal.
 #[derive(Debug, thiserror::Error)]
@@ -21,9 +26,37 @@ pub enum AppendError {
     Unknown(BlockError, String),
 }
 
+/// A journal's file, with patience for whoever holds it.
+#[derive(Debug)]
+pub struct Patient(PathBuf);
+
+impl Place for Patient {
+    type Medium = LockedFile;
+
+    fn open(&self) -> Result<LockedFile, BlockError> {
+        let end = Instant::now() + PATIENCE;
+        loop {
+            match self.0.open() {
+                Err(BlockError::Locked { .. }) if Instant::now() < end => {
+                    thread::sleep(Duration::from_millis(2));
+                }
+                opened => return opened,
+            }
+        }
+    }
+
+    fn read(&self) -> Result<Vec<u8>, BlockError> {
+        self.0.read()
+    }
+
+    fn path(&self) -> &Path {
+        &self.0
+    }
+}
+
 /// A VM's journal on this host, held by this process alone.
 #[derive(Debug)]
-pub struct VmJournal<P: Place = PathBuf> {
+pub struct VmJournal<P: Place = Patient> {
     place: P,
     file: Option<JournalFile<P::Medium>>,
     fold: Journal,
@@ -32,7 +65,7 @@ pub struct VmJournal<P: Place = PathBuf> {
 impl VmJournal {
     /// Opens (or makes) it and replays it.
     pub fn open(path: &Path) -> Result<Self, BlockError> {
-        Self::open_at(path.to_owned())
+        Self::open_at(Patient(path.to_owned()))
     }
 }
 

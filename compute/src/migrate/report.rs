@@ -75,6 +75,7 @@ impl ProgressBoard {
             fs::create_dir_all(&self.dir)?;
             let partial = self.dir.join(format!("{id}.partial"));
             fs::write(&partial, text)?;
+            fs::File::open(&partial)?.sync_all()?;
             fs::rename(&partial, self.dir.join(format!("{id}.json")))
         });
         if let Err(error) = written {

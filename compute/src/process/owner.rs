@@ -19,14 +19,14 @@ use std::{
         mpsc::{self, Receiver, Sender},
     },
     thread,
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use vmove_mirror::{
     journal::{self, MoveId, Record, Standing},
     source, target,
 };
-use vmove_storage::{BackingPolicy, BlockError, OpenOptions, Owner, OwnerState, Stamp};
+use vmove_storage::{BackingPolicy, OpenOptions, Owner, OwnerState, Stamp};
 
 use super::{
     console::{
@@ -136,25 +136,13 @@ impl Shared {
     }
 }
 
-/// Opens the journal for this process alone. An agent may hold it for a moment, to answer from it.
-fn open_journal(path: &Path) -> Result<VmJournal, BlockError> {
-    const PATIENCE: Duration = Duration::from_secs(5);
-    let end = Instant::now() + PATIENCE;
-    loop {
-        match VmJournal::open(path) {
-            Err(BlockError::Locked { .. }) if Instant::now() < end => thread::sleep(Duration::from_millis(5)),
-            opened => return opened,
-        }
-    }
-}
-
 /// Runs the VM whose directory this is, until it ends here.
 pub fn run(dir: &Path) -> Result<(), ProcessError> {
     let launch = dir.join(LAUNCH_FILE);
     let text = fs::read(&launch).map_err(file("read", &launch))?;
     let spec: LaunchSpec =
         serde_json::from_slice(&text).map_err(|source| ProcessError::Launch { path: launch, source })?;
-    let journal = open_journal(&dir.join(JOURNAL_FILE))?;
+    let journal = VmJournal::open(&dir.join(JOURNAL_FILE))?;
     let (wake, woken) = mpsc::channel();
     let shared = Arc::new(Shared {
         dir: dir.to_owned(),

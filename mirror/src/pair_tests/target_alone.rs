@@ -84,7 +84,7 @@ fn a_source_that_begins_anew_or_says_nothing_first_is_refused() {
 #[test]
 fn a_target_that_cannot_journal_that_it_gives_up_keeps_its_images() {
     use target::{Action as A, Event as E};
-    let gives_up = |journaled: Event| {
+    let start = || {
         let (mut target, _) = Target::start(TargetPlan {
             move_id: MoveId::new("m").unwrap(),
             from_host: "a".into(),
@@ -93,13 +93,35 @@ fn a_target_that_cannot_journal_that_it_gives_up_keeps_its_images() {
             disks: vec![],
             images: vec![],
         });
-        for event in [E::Journaled, E::ImagesReady, E::Failed("the disk is gone".into())] {
+        for event in [E::Journaled, E::ImagesReady, E::Linked(Arrived::default())] {
             target.step(event);
         }
-        assert_eq!(target.phase(), target::Phase::Discarding);
-        target.step(journaled)
+        target
     };
-    let refused = || A::Finish { refused: Some("the disk is gone".into()) };
-    assert_eq!(gives_up(E::JournalFailed("the disk is gone".into())), [refused()]);
-    assert_eq!(gives_up(E::Journaled), [A::Discard, refused()]);
+    let gives_up = |mut target: Target, journaled: Event| {
+        assert_eq!(target.phase(), target::Phase::Discarding);
+        let mut actions = target.step(journaled);
+        assert!(matches!(actions.pop(), Some(A::Finish { refused: Some(_) })));
+        actions
+    };
+    let failed = || E::JournalFailed("the disk is gone".into());
+    let arriving = || {
+        let mut target = start();
+        target.step(E::Failed("the disk is gone".into()));
+        target
+    };
+    assert_eq!(gives_up(arriving(), E::Journaled), [A::Discard]);
+    assert_eq!(gives_up(arriving(), failed()), [A::Discard], "nothing can say that it is prepared");
+    let preparing = || {
+        let mut target = start();
+        let setup = SourceMsg::Setup { ram_pages: PAGES, disks: vec![], audit: false };
+        let proved = E::Proved { proof: Proof::default(), allocated: vec![], load_us: 0 };
+        let (state, prepare) = (SourceMsg::State(vec![]), SourceMsg::Prepare(Proof::default()));
+        for event in [E::Source(setup), E::Source(state), E::Source(prepare), E::Loaded, proved, failed()] {
+            target.step(event);
+        }
+        target
+    };
+    assert_eq!(gives_up(preparing(), E::Journaled), [A::Discard]);
+    assert_eq!(gives_up(preparing(), failed()), []);
 }

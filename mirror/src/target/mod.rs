@@ -100,7 +100,7 @@ pub enum Action {
     AskVerdict,
     /// The VM is ours: stamp the images as owned, run it and announce it.
     Run,
-    /// Remove images and memory. Asked for only when `Aborted` is on disk.
+    /// Remove images and memory. Asked for only if the disk does not say `Prepared` without `Aborted` after it.
     Discard,
     /// Over.
     Finish {
@@ -127,6 +127,8 @@ pub struct Target {
     arrived: Arrived,
     /// The phase in which the last ones were lost.
     lost_in: Phase,
+    /// The disk may hold `Prepared`.
+    may_say_prepared: bool,
     refused: Option<String>,
 }
 
@@ -152,6 +154,7 @@ impl Target {
             fresh: false,
             arrived: Arrived::default(),
             lost_in: Phase::Arriving,
+            may_say_prepared: false,
             refused: None,
         };
         (this, vec![Action::Journal(incoming)])
@@ -182,8 +185,13 @@ impl Target {
                 out.push(Action::Discard);
                 self.discarded(Why::Journaled, &mut out);
             }
-            // The disk may hold `Prepared`, and whoever reads that must find the images: the agent settles it.
-            (Phase::Discarding, Event::JournalFailed(_)) => self.discarded(Why::NotJournaled, &mut out),
+            (Phase::Discarding, Event::JournalFailed(_)) => {
+                // Whoever reads `Prepared` must find the images: the agent settles it.
+                if !self.may_say_prepared {
+                    out.push(Action::Discard);
+                }
+                self.discarded(Why::NotJournaled, &mut out);
+            }
             (Phase::Discarding, _) => {}
 
             // From here on the VM is this host's: nothing but its own end can stop it.
@@ -311,6 +319,7 @@ impl Target {
                 }
                 self.answer = Some(TargetMsg::Prepared { proof, allocated, load_us });
                 self.go(Why::Proved, Phase::Preparing);
+                self.may_say_prepared = true;
                 out.push(Action::Journal(Record::Prepared { move_id: self.plan.move_id.clone() }));
             }
             (Phase::Preparing, Event::Journaled) => {

@@ -281,12 +281,9 @@ impl World {
 
     /// Images of a VM that runs elsewhere: removed, or kept as stale if that was asked for.
     fn retire(&mut self, host: HostId) {
-        let owned = self.records(host).into_iter().rev().find_map(|record| match record {
-            Record::Owner { generation, disks } => Some((generation, disks)),
-            _ => None,
-        });
-        if let Some((generation, disks)) = owned {
-            self.retire_disks(host, generation, &disks);
+        let records = self.records(host);
+        if let Some((generation, disks)) = records.iter().rev().find_map(Record::owned) {
+            self.retire_disks(host, generation, disks);
         }
     }
 
@@ -294,9 +291,9 @@ impl World {
     /// could: images that were to be the VM's, and those it had before.
     fn clear_left_behind(&mut self, host: HostId, standing: &Standing) {
         let Standing::Owner { generation: current, disks } = standing else { return };
-        for record in self.records(host) {
-            let Record::Owner { generation, disks: mut left } = record else { continue };
+        for (generation, had) in self.records(host).iter().filter_map(Record::owned) {
             if generation < *current {
+                let mut left = had.to_vec();
                 left.retain(|old| disks.iter().all(|at| at.path != old.path));
                 self.retire_disks(host, generation, &left);
             }

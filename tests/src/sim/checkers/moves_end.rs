@@ -76,10 +76,21 @@ impl World {
         ) {
             return Some(format!("host {} has let the VM go, host {} has it and is gone", here.id, there.id));
         }
-        let (gone, alive): (Vec<_>, Vec<_>) =
-            self.hosts.iter().filter(|host| host.dir.is_some()).partition(|host| host.gone);
-        let first = gone.first().filter(|_| alive.is_empty())?;
-        Some(format!("all hosts that have something of the VM are gone, such as {}", first.id))
+        // What may be all that is left of it.
+        let matters = |host: &&super::super::host::Host| {
+            host.dir.as_ref().is_some_and(|dir| {
+                !matches!(
+                    dir.look().standing(),
+                    Standing::Nothing
+                        | Standing::Discarded { .. }
+                        | Standing::Released { .. }
+                        | Standing::Incoming { prepared: false, .. }
+                )
+            })
+        };
+        let alive = self.hosts.iter().filter(|host| !host.gone).any(|host| host.dir.is_some());
+        let first = self.hosts.iter().filter(|host| host.gone).find(matters)?;
+        (!alive).then(|| format!("all hosts that have something of the VM are gone, such as {}", first.id))
     }
 
     /// Everything that can be settled must be.
