@@ -14,26 +14,37 @@ use crate::linux::LinuxGuest;
 use crate::netns::Namespace;
 use crate::wait::until;
 
+type Lines = Arc<Mutex<Vec<String>>>;
+
 /// A program and the lines it has printed. Dropping it ends it.
 #[derive(Debug)]
 pub struct Program {
     process: Child,
-    lines: Arc<Mutex<Vec<String>>>,
+    lines: Lines,
+    /// What it had to complain of.
+    errors: Lines,
     reader: Option<JoinHandle<()>>,
+}
+
+fn read_lines(output: impl Read + Send + 'static) -> (Lines, JoinHandle<()>) {
+    let lines = Lines::default();
+    let seen = Arc::clone(&lines);
+    let reader = thread::spawn(move || {
+        for line in BufReader::new(output).lines().map_while(Result::ok) {
+            seen.lock().unwrap_or_else(PoisonError::into_inner).push(line);
+        }
+    });
+    (lines, reader)
 }
 
 impl Program {
     /// Starts a program. Nobody types to it, but its standard input stays open.
     pub fn start(command: &mut Command) -> Self {
-        let mut process = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
-        let (output, lines) = (process.stdout.take().unwrap(), Arc::<Mutex<Vec<String>>>::default());
-        let seen = Arc::clone(&lines);
-        let reader = thread::spawn(move || {
-            for line in BufReader::new(output).lines().map_while(Result::ok) {
-                seen.lock().unwrap_or_else(PoisonError::into_inner).push(line);
-            }
-        });
-        Self { process, lines, reader: Some(reader) }
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut process = command.spawn().unwrap();
+        let (lines, reader) = read_lines(process.stdout.take().unwrap());
+        let (errors, _) = read_lines(process.stderr.take().unwrap());
+        Self { process, lines, errors, reader: Some(reader) }
     }
 
     /// Types to it.
@@ -51,7 +62,7 @@ impl Program {
         let enough = self.lines().len() + further;
         until(&format!("{further} further lines of {}", self.process.id()), || {
             if let Some(status) = self.process.try_wait().unwrap() {
-                panic!("the program ended ({status}): {:?}", self.lines());
+                panic!("the program ended ({status}): {:?}, {:?}", self.lines(), self.errors);
             }
             let lines = self.lines();
             (lines.len() >= enough).then_some(lines)
@@ -63,7 +74,7 @@ impl Program {
         let status = until("the end of a program", || self.process.try_wait().unwrap());
         // It has ended with the program's output.
         self.reader.take().map(JoinHandle::join).transpose().unwrap();
-        assert!(status.success(), "{status}: {:?}", self.lines());
+        assert!(status.success(), "{status}: {:?}, {:?}", self.lines(), self.errors);
         self.lines()
     }
 }
@@ -164,16 +175,7 @@ impl<'a> Ssh<'a> {
         // The server may start after the network does.
         command.args(["-o", "ConnectionAttempts=60"]);
         // Nothing of the user's own; the guest's key is made anew with its disk.
-        command.args([
-            "-F",
-            "none",
-            "-o",
-            "BatchMode=yes",
-            "-o",
-            "IdentitiesOnly=yes",
-            "-o",
-            "LogLevel=ERROR",
-        ]);
+        command.args(["-F", "none", "-o", "BatchMode=yes", "-o", "IdentitiesOnly=yes"]);
         command.args(["-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null", "-i"]);
         command.arg(&self.key).arg(format!("root@{}", self.address)).arg(words);
         command
