@@ -81,6 +81,11 @@ impl Program {
 
 impl Drop for Program {
     fn drop(&mut self) {
+        if thread::panicking() {
+            let tail = |lines: Vec<String>| lines[lines.len().saturating_sub(20)..].join("\n");
+            let errors = self.errors.lock().unwrap_or_else(PoisonError::into_inner).clone();
+            eprintln!("--- program {}\n{}\n{}", self.process.id(), tail(self.lines()), tail(errors));
+        }
         // It may have ended already.
         let _ = self.process.kill();
         let _ = self.process.wait();

@@ -153,13 +153,18 @@ fn assert_counted(lines: &[String]) {
     }
 }
 
+/// The guest's console by `vmove console`, from b on.
+fn attached(cluster: &Cluster) -> Program {
+    let mut command = cluster.command();
+    command.arg("--agent").arg(cluster.host("b").state.join("agent.sock")).args(["console", VM]);
+    Program::start(&mut command)
+}
+
 /// An SSH session, a stream both ways and a program on the console through 5 moves, from b.
 fn sessions_live_on(cluster: &Cluster, lan: &Lan, ssh: &Ssh<'_>, ping: &Ping) {
     let mut counter = ssh.start("exec witness count 200");
     let stream = EchoedStream::start(lan.switch(), IP, 7);
-    let mut command = cluster.command();
-    command.arg("--agent").arg(cluster.host("b").state.join("agent.sock")).args(["console", VM]);
-    let mut console = Program::start(&mut command);
+    let mut console = attached(cluster);
     cluster.console("b").type_in(b"witness count 200\n");
     let counted = |lines: &[String]| -> Vec<String> {
         // Before the first number stand the boot and the echo of the command.
@@ -239,12 +244,14 @@ fn users_of_a_linux_guest_notice_nothing_of_moves() {
     ping.goes_on();
 
     let ssh = Ssh::new(lan.switch(), IP);
+    // What the guest's kernel has to say if something goes wrong.
+    let witness = attached(&cluster);
     timers_go_on(&cluster, &lan, &ssh, &ping);
     sessions_live_on(&cluster, &lan, &ssh, &ping);
     let data = files_stay_whole(&cluster, &lan, &ssh, &ping);
     let mut counter = ssh.start("exec witness count 200");
     counter.goes_on(5);
-    drop(ssh);
+    drop((ssh, witness));
 
     // The host it came from is switched off.
     let lost = ping.lost();
