@@ -110,18 +110,8 @@ pub(super) fn given_up(move_id: &str) -> MoveProgress {
     MoveProgress {
         move_id: move_id.to_owned(),
         phase: "aborted".into(),
-        elapsed_ms: 0,
-        disk_total_bytes: 0,
-        disk_done_bytes: 0,
-        ram_total_bytes: 0,
-        ram_done_bytes: 0,
-        round: 0,
-        rate: 0,
-        dirty_rate: 0,
-        left_ms: None,
-        reconnects: 0,
-        report: None,
         error: Some("the VM's process ended before the commit".into()),
+        ..MoveProgress::default()
     }
 }
 

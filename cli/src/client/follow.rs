@@ -50,18 +50,8 @@ mod tests {
         MoveProgress {
             move_id: id.to_owned(),
             phase: phase.to_owned(),
-            elapsed_ms: 0,
-            disk_total_bytes: 0,
-            disk_done_bytes: 0,
-            ram_total_bytes: 0,
-            ram_done_bytes: 0,
-            round: 0,
-            rate: 0,
-            dirty_rate: 0,
-            reconnects: 0,
-            left_ms: None,
-            report: None,
             error: error.map(str::to_owned),
+            ..MoveProgress::default()
         }
     }
 

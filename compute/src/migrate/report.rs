@@ -37,18 +37,7 @@ impl ProgressBoard {
         *self.lock() = Some(MoveProgress {
             move_id: move_id.to_owned(),
             phase: "setup".into(),
-            elapsed_ms: 0,
-            disk_total_bytes: 0,
-            disk_done_bytes: 0,
-            ram_total_bytes: 0,
-            ram_done_bytes: 0,
-            round: 0,
-            rate: 0,
-            dirty_rate: 0,
-            reconnects: 0,
-            left_ms: None,
-            report: None,
-            error: None,
+            ..MoveProgress::default()
         });
     }
 

@@ -408,7 +408,7 @@ pub struct Place {
 }
 
 /// A move as it is seen while it runs, and after.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct MoveProgress {
     /// The move's id.
     pub move_id: String,
