@@ -7,9 +7,8 @@ use crate::{
     wire::control::{Arrived, Proof, SourceMsg, TargetMsg},
 };
 
-#[test]
-fn a_target_hears_the_commit_after_a_data_connection_was_lost() {
-    let (mut target, _) = Target::start(TargetPlan {
+fn started() -> Target {
+    let (target, _) = Target::start(TargetPlan {
         move_id: MoveId::new("m").unwrap(),
         from_host: "a".into(),
         generation: 2,
@@ -17,6 +16,12 @@ fn a_target_hears_the_commit_after_a_data_connection_was_lost() {
         disks: vec![],
         images: vec![],
     });
+    target
+}
+
+#[test]
+fn a_target_hears_the_commit_after_a_data_connection_was_lost() {
+    let mut target = started();
     use target::Event as E;
     let setup = SourceMsg::Setup { ram_pages: PAGES, disks: vec![], audit: false };
     let proved = E::Proved { proof: Proof::default(), allocated: vec![], load_us: 0 };
@@ -46,14 +51,7 @@ fn a_source_that_begins_anew_or_says_nothing_first_is_refused() {
     use target::{Action as A, Event as E};
     let setup = || E::Source(SourceMsg::Setup { ram_pages: PAGES, disks: vec![], audit: false });
     let receiving = || {
-        let (mut target, _) = Target::start(TargetPlan {
-            move_id: MoveId::new("m").unwrap(),
-            from_host: "a".into(),
-            generation: 2,
-            ram_pages: PAGES,
-            disks: vec![],
-            images: vec![],
-        });
+        let mut target = started();
         for event in [E::Journaled, E::ImagesReady, E::Linked(Arrived::default()), setup()] {
             target.step(event);
         }
@@ -85,14 +83,7 @@ fn a_source_that_begins_anew_or_says_nothing_first_is_refused() {
 fn a_target_that_cannot_journal_that_it_gives_up_keeps_its_images() {
     use target::{Action as A, Event as E};
     let start = || {
-        let (mut target, _) = Target::start(TargetPlan {
-            move_id: MoveId::new("m").unwrap(),
-            from_host: "a".into(),
-            generation: 2,
-            ram_pages: PAGES,
-            disks: vec![],
-            images: vec![],
-        });
+        let mut target = started();
         for event in [E::Journaled, E::ImagesReady, E::Linked(Arrived::default())] {
             target.step(event);
         }
