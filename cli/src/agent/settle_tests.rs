@@ -166,3 +166,28 @@ async fn only_the_target_of_a_move_that_is_under_way_may_ask_how_it_went() {
     left.end().await;
     right.end().await;
 }
+
+/// Its disk was full, so nobody could journal that the move is off; the only report of it was emptied by a power cut.
+#[tokio::test]
+async fn a_removed_vm_keeps_the_word_on_a_move_that_was_never_journalled_as_aborted() {
+    let (mut left, _, mut right, _) = pair().await;
+    let id = MoveId::new("m").unwrap();
+    let moving = Record::Moving { move_id: id, to_host: Some("right".into()), generation: 2 };
+    // Behind the agent's back: it settles nothing before it is restarted.
+    let vm = left.remains("web", None, &[Record::Owner { generation: 1, disks: left.disks("web") }, moving]);
+    let report = |dir: &std::path::Path| dir.join("m.json");
+    std::fs::create_dir_all(vm.moves()).unwrap();
+    std::fs::write(report(&vm.moves()), "").unwrap();
+    left.agent().archive_moves(&vm).unwrap();
+    std::fs::remove_dir_all(vm.path()).unwrap();
+    assert_eq!(left.agent().verdict("right", "web", "m").await.unwrap(), Verdict::Aborted);
+
+    // A word that is there is not replaced by what says nothing.
+    let vm = left.remains("web", None, &[Record::Owner { generation: 1, disks: left.disks("web") }]);
+    std::fs::create_dir_all(vm.moves()).unwrap();
+    std::fs::write(report(&vm.moves()), "").unwrap();
+    left.agent().archive_moves(&vm).unwrap();
+    assert!(std::fs::metadata(report(&left.agent().archive_dir().unwrap())).unwrap().len() > 0);
+    left.end().await;
+    right.end().await;
+}

@@ -190,7 +190,7 @@ impl<S: FnMut(String)> Driver<'_, S> {
         let left: Vec<&Step> = self.steps.iter().filter(has_left).collect();
         while !left.is_empty() && Instant::now() < end {
             match self.client.inventory().await {
-                Ok(inventory) if !left.iter().any(|step| step.is_held(&inventory)) => return,
+                Ok(inventory) if !left.iter().any(|step| is_held(&step.planned, &inventory)) => return,
                 _ => tokio::time::sleep(TICK).await,
             }
         }
@@ -375,14 +375,14 @@ impl<S: FnMut(String)> Driver<'_, S> {
     }
 }
 
-impl Step {
-    /// Whether the host that its VM came from still has something of it, or cannot say.
-    fn is_held(&self, inventory: &ClusterInventory) -> bool {
-        let from = inventory.hosts.iter().find(|there| there.host.name == self.planned.from);
-        inventory.unreachable.contains_key(&self.planned.from)
-            || from.is_some_and(|from| from.vms.iter().any(|held| held.vm.summary.name == self.planned.vm))
-    }
+/// Whether the host that a VM came from still has something of it, or cannot say.
+fn is_held(step: &PlannedMove, inventory: &ClusterInventory) -> bool {
+    let from = inventory.hosts.iter().find(|there| there.host.name == step.from);
+    inventory.unreachable.contains_key(&step.from)
+        || from.is_some_and(|from| from.vms.iter().any(|held| held.vm.summary.name == step.vm))
+}
 
+impl Step {
     fn report(self) -> VmReport {
         let outcome = match self.state {
             State::Ended(outcome) => outcome,
@@ -457,6 +457,23 @@ mod tests {
         assert_eq!(decided(&elsewhere), Next::Elsewhere("c".into()));
         assert!(matches!(decided(&seen(web("a", VmState::Stopped, 1), vec![], &[])), Next::Refuse(_)));
         assert!(matches!(decided(&seen(vec![], vec![], &[])), Next::Refuse(_)), "it is nowhere");
+    }
+
+    #[test]
+    fn a_host_has_let_go_once_it_says_that_it_has_nothing_of_the_vm() {
+        let held = |vms, unreachable: &[&str]| {
+            let unreachable =
+                unreachable.iter().map(|host| ((*host).to_owned(), "down".to_owned())).collect();
+            let hosts = vec![host_of("a", vms), host_of("b", vec![vm_of("web", "b", VmState::Running, 2)])];
+            is_held(&step(), &ClusterInventory { hosts, unreachable })
+        };
+        assert!(
+            held(vec![vm_of("web", "a", VmState::Undecided, 2)], &[]),
+            "it has left, and is not released"
+        );
+        assert!(!held(vec![vm_of("db", "a", VmState::Running, 1)], &[]));
+        assert!(held(Vec::new(), &["a"]), "it cannot say");
+        assert!(!held(Vec::new(), &["c"]));
     }
 
     #[test]
